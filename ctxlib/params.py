@@ -1,0 +1,298 @@
+"""Typed parameters of an experiment. One YAML file is one experiment, and every file has the same keys."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """Bad input: one clear line that names the file, the key or row, and the remedy. The command line exits with 2."""
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string: take it as the number that was meant."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+Reading = Literal["clean", "paper"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Models(Section):
+    pretrained: str
+    instruct: str
+    seed_model: str
+    revision: str | None
+    chat_template: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    quantisation: Literal["nf4"] | None
+    attention: Literal["sdpa", "eager"]
+    batch_size: Count
+    indicator: Annotated[str, Field(min_length=1)]
+
+
+class Conversations(Section):
+    source: str
+    n: Count | None
+    max_length: Count
+    on_bad_row: Literal["error", "drop"]
+    remove_refusals: bool
+
+
+class Miniature(Section):
+    shares: dict[str, Fraction]
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> Self:
+        total = sum(self.shares.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"shares must sum to 1, they sum to {total:g}")
+        return self
+
+
+class Allocation(Section):
+    prompts: Count
+    layer: Layer
+    reading: Reading
+
+
+class Steering(Section):
+    alphas: Annotated[list[Annotated[Positive, Field(le=1)]], Field(min_length=1)]
+    reading: Reading
+
+
+class Scoring(Section):
+    layer: Layer
+    reading: Reading
+    thresholds: Annotated[list[Fraction], Field(min_length=1)]
+    threshold: Fraction
+    token_budget: Count
+
+
+class Finetune(Section):
+    method: Literal["full", "lora", "qlora"]
+    reading: Reading
+    steps: Count | None
+    epochs: Positive | None
+    batch_size: Count
+    gradient_accumulation: Count
+    learning_rate: Positive
+    warmup_fraction: Fraction
+    schedule: Literal["constant", "linear", "cosine"]
+    lora_rank: Count
+    lora_alpha: Positive
+    lora_dropout: Fraction
+    save_every: Count
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of 'steps' and 'epochs', set the other to null")
+        return self
+
+
+class Needle(Section):
+    source: Literal["miniature", "text"]
+    haystack: str | None
+    needle: str | None
+    question: str | None
+    keywords: list[str] | None
+    lengths: Annotated[list[Count], Field(min_length=1)]
+    depths: Annotated[list[Annotated[Number, Field(ge=0, le=100)]], Field(min_length=1)]
+    per_cell: Count
+    max_new_tokens: Count
+    reading: Reading
+
+    @model_validator(mode="after")
+    def _text_needs_its_parts(self) -> Self:
+        missing = [key for key in ("haystack", "needle", "question", "keywords") if not getattr(self, key)]
+        if self.source == "text" and missing:
+            raise ValueError(f"source 'text' needs {', '.join(missing)}")
+        return self
+
+
+class Qa(Section):
+    source: str | None
+    n: Count
+    max_new_tokens: Count
+
+
+class Facts(Section):
+    n: Count
+
+
+class Instructions(Section):
+    n: Count
+    max_new_tokens: Count
+
+
+class Bootstrap(Section):
+    samples: Count
+
+
+class Params(Section):
+    """The parameters of one experiment, as `load_params` read and checked them."""
+
+    experiment: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    seed: Annotated[int, Field(ge=0)]
+    threads: Count
+    outputs: str
+    models: Models
+    conversations: Conversations
+    miniature: Miniature
+    allocation: Allocation
+    steering: Steering
+    scoring: Scoring
+    finetune: Finetune
+    needle: Needle
+    qa: Qa
+    facts: Facts
+    instructions: Instructions
+    bootstrap: Bootstrap
+
+    _file: str = PrivateAttr("params")
+    _root: Path = PrivateAttr(Path())
+
+    @property
+    def file(self) -> str:
+        """The file they came from, for messages."""
+        return self._file
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of everything that can change a result (so not of the folder that the results go to)."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"outputs"}), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def output_dir(self) -> Path:
+        return self.path(self.outputs) / self.experiment
+
+    def path(self, name: str) -> Path:
+        """A path named in the file: absolute, or relative to the folder from which the file was found."""
+        return self._root / Path(name).expanduser()
+
+    def check_inputs(self) -> None:
+        """Raises InputError for the first file or folder that is named and is not there.
+
+        A model named `owner/name` may lie on a hub, so that only loading it can tell.
+        """
+        named = {
+            "conversations.source": self.conversations.source,
+            "needle.haystack": self.needle.haystack,
+            "qa.source": self.qa.source,
+            "models.chat_template": self.models.chat_template,
+        }
+        for role in ("pretrained", "instruct", "seed_model"):
+            name = getattr(self.models, role)
+            if name.startswith((".", "/", "~")) or name.count("/") != 1:
+                named[f"models.{role}"] = name
+        for key, name in named.items():
+            if name is not None and name.split(":")[0] != "miniature" and not self.path(name).exists():
+                raise InputError(f"{self.file}: {key}: no file or folder '{name}'; correct the path")
+
+
+def load_params(params_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Params:
+    """Reads and checks an experiment's parameters.
+
+    `params_file` is looked for in the working directory, then in its parent (where a notebook opened in `notebooks/`
+    finds it). `overrides` replaces values after reading: `{"needle.per_cell": 2}` or `{"needle": {"per_cell": 2}}`.
+
+    Raises InputError for a missing file, broken YAML, an unknown, missing or ill-typed key.
+    """
+    found = [root for root in (Path(), Path("..")) if (root / params_file).is_file()]
+    if not found:
+        raise InputError(f"{params_file}: no such params file{_others(Path(params_file))}")
+    try:
+        content = yaml.safe_load((found[0] / params_file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{params_file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{params_file}: expected keys such as 'experiment: miniature', found no keys")
+    overrides = overrides or {}
+    if not isinstance(overrides, Mapping):
+        raise InputError(f"overrides: expected a dict such as {{'needle.per_cell': 2}}, got {overrides!r}")
+    replaced = dict(_dotted(overrides))
+    for where, keys in ((str(params_file), dict(_dotted(content))), ("overrides", replaced)):
+        for key in keys:
+            if key not in known_keys() and not _is_section(key):
+                raise InputError(f"{where}: unknown key '{key}'; {_nearest(key)}")
+    for key, value in replaced.items():
+        section, _, name = key.rpartition(".")
+        (content[section] if isinstance(content.get(section), dict) else content)[name] = value
+    try:
+        params = Params.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_message(str(params_file), set(replaced), error)) from None
+    params._file, params._root = str(params_file), found[0]
+    return params
+
+
+def known_keys() -> list[str]:
+    """Every key in dotted form, in the order of the schema: `experiment`, …, `needle.lengths`, …"""
+    keys = []
+    for name, field in Params.model_fields.items():
+        keys += [f"{name}.{key}" for key in field.annotation.model_fields] if _is_section(name) else [name]
+    return keys
+
+
+def _is_section(name: str) -> bool:
+    field = Params.model_fields.get(name)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def _dotted(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        section = _is_section(str(key)) or str(key) not in Params.model_fields
+        if isinstance(value, Mapping) and section:
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield str(key), value
+
+
+def _message(file: str, replaced: set[str], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        touched = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in replaced)
+        where = f"{file} with overrides" if touched else file
+        what = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            lines.append(f"{where}: missing key '{key}'; all files have all keys, copy it from params/miniature.yaml")
+        elif isinstance(problem["input"], dict):
+            lines.append(f"{where}: key '{key}': {what}")
+        else:
+            lines.append(f"{where}: key '{key}': {what[:1].lower()}{what[1:]}, got {problem['input']!r}")
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+
+
+def _nearest(key: str) -> str:
+    known = known_keys()
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    siblings = [name for name in known if name.split(".")[:-1] == key.split(".")[:-1]]
+    meant = [f"did you mean '{close[0]}'?"] if close else []
+    return " ".join([*meant, f"keys there: {', '.join(siblings)}" if siblings else "see params/miniature.yaml"])
+
+
+def _others(missing: Path) -> str:
+    folders = (missing.parent, Path("..") / missing.parent, Path("params"))
+    names = [os.fspath(path) for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    return f"; there are: {', '.join(dict.fromkeys(names))}" if names else "; no params file lies there"
