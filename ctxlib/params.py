@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -61,7 +61,7 @@ class Miniature(Section):
     shares: dict[str, Fraction]
 
     @model_validator(mode="after")
-    def _shares_sum_to_one(self) -> Self:
+    def _shares_sum_to_one(self) -> "Miniature":
         total = sum(self.shares.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(f"shares must sum to 1, they sum to {total:g}")
@@ -103,7 +103,7 @@ class Finetune(Section):
     save_every: Count
 
     @model_validator(mode="after")
-    def _steps_or_epochs(self) -> Self:
+    def _steps_or_epochs(self) -> "Finetune":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of 'steps' and 'epochs', set the other to null")
         return self
@@ -122,7 +122,7 @@ class Needle(Section):
     reading: Reading
 
     @model_validator(mode="after")
-    def _text_needs_its_parts(self) -> Self:
+    def _text_needs_its_parts(self) -> "Needle":
         missing = [key for key in ("haystack", "needle", "question", "keywords") if not getattr(self, key)]
         if self.source == "text" and missing:
             raise ValueError(f"source 'text' needs {', '.join(missing)}")
