@@ -177,6 +177,11 @@ class Params(Section):
         return self._file
 
     @property
+    def root(self) -> Path:
+        """The folder from which relative paths count: the working directory, or its parent."""
+        return self._root
+
+    @property
     def digest(self) -> str:
         """12 hex digits of everything that can change a result (so not of the folder that the results go to)."""
         canonical = json.dumps(self.model_dump(mode="json", exclude={"outputs"}), sort_keys=True)

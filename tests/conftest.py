@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 matplotlib.use("agg")
 
 PAPER_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
@@ -37,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A random Llama with grouped-query attention: 2 layers, width 32, 4 heads over 2 key-value heads. New for each test."""
+    """A random Llama with grouped-query attention: 2 layers, width 32, 4 heads over 2 kv heads. New each time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

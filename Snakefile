@@ -1,0 +1,52 @@
+# Who needs whom. `make reproduce` calls this; by hand: snakemake --cores 1 --config experiment=smoke
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+
+from ctxlib.params import load_params
+from ctxlib.results import short_path
+
+NEEDS = {
+    "00_the_miniature": [],
+    "01_attention_shift": [],
+    "02_context_dependency": [],
+    "03_indicator_sft": ["02_context_dependency"],
+    "04_evaluation": ["03_indicator_sft"],
+}
+
+params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")
+overrides = config.get("overrides", {})
+experiment = load_params(params_file, overrides)
+OUTPUTS = short_path(experiment, experiment.output_dir)
+# receipts are not committed: a fresh clone, which holds the committed outputs, runs everything once
+RECEIPT = f"{OUTPUTS}/work/receipts/{{notebook}}.json"
+
+
+rule all:
+    input:
+        expand(RECEIPT, notebook=NEEDS),
+
+
+rule notebook:
+    input:
+        lambda wildcards: expand(RECEIPT, notebook=NEEDS[wildcards.notebook]),
+        notebook="notebooks/{notebook}.ipynb",
+        params_file=params_file,
+        code=sorted(str(path) for path in Path("ctxlib").rglob("*.py")),
+        # the models are over 1 MB, where snakemake looks at times instead of contents; their cards hold their hashes
+        models=sorted(str(path) for path in Path("ctxlib/miniature/models").glob("*/card.json")),
+    # the executed notebook is neither an output, which a failed run deletes, nor a log, which it leaves empty:
+    # the runner puts it in its place when every cell has completed
+    output:
+        RECEIPT,
+    wildcard_constraints:
+        notebook="|".join(NEEDS),
+    params:
+        overrides=lambda wildcards: " ".join(
+            "--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()
+        ),
+    shell:
+        "{sys.executable} -m ctxlib.cli run {input.notebook} --params {input.params_file} {params.overrides}"

@@ -1,0 +1,210 @@
+"""Tables and figures into `outputs/<experiment>/` and back: results move between notebooks only as files."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from ctxlib.params import InputError, Params
+
+PACKAGE = Path(__file__).resolve().parent
+CLAIM_COLUMNS = ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
+
+
+def open_results(params: Params, notebook: str) -> "Results":
+    """The results of one notebook (its name without `.ipynb`) in the experiment's folder, which is made if need be."""
+    return Results(params, notebook)
+
+
+class Results:
+    """Writes a notebook's tables and figures, each with a footer of provenance and each beside its place, then renamed.
+
+    `work` is a folder that git ignores, for what is too big or too machine-bound to commit: adapters, caches, shards.
+    Every file read or written through here stands in `work/journal/<notebook>.json` with its sha256, for the manifest.
+    """
+
+    def __init__(self, params: Params, notebook: str) -> None:
+        self.params = params
+        self.notebook = notebook
+        self.folder = params.output_dir
+        self.work = self.folder / "work"
+        self.provenance = provenance(params, notebook)
+        self._claims: list[dict[str, Any]] = []
+        self._journal: dict[str, Any] = {"accelerator": _accelerator(), "inputs": {}, "outputs": {}}
+        self._write_journal()
+
+    def table(self, frame: pd.DataFrame, name: str, title: str) -> pd.DataFrame:
+        """Writes `tables/<name>.csv` (6 significant digits, no index) and `.md` (4 digits); gives the frame back."""
+        self._table(frame, self.folder / "tables" / name, title, self.provenance)
+        return frame
+
+    def figure(self, figure: Figure, name: str, title: str) -> None:
+        """Writes `figures/<name>.png` (150 dpi) and `.svg`, with the title above and the provenance below."""
+        above = figure.text(0.5, 1.01, title, ha="center", va="bottom", fontsize=11)
+        below = figure.text(0.0, -0.01, self.provenance, ha="left", va="top", fontsize=5, color="0.5")
+        with mpl.rc_context({"svg.hashsalt": name}):
+            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                content = io.BytesIO()
+                figure.savefig(
+                    content, format=suffix, dpi=150, bbox_inches="tight", metadata={"Title": title, **metadata}
+                )
+                self.record_output(write(self.folder / "figures" / f"{name}.{suffix}", content.getvalue()))
+        above.remove()
+        below.remove()
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """A table that this or an earlier notebook wrote; InputError where there is none."""
+        path = self.folder / "tables" / f"{name}.csv"
+        if not path.is_file():
+            raise InputError(f"{path}: no such table; first run the notebook that writes '{name}', or 'make reproduce'")
+        self.record_input(path)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+    def claim(
+        self,
+        claim: str,
+        *,
+        value: float,
+        ci_low: float,
+        ci_high: float,
+        threshold: float,
+        holds: bool,
+        n: int,
+    ) -> pd.DataFrame:
+        """One row for `tables/claims.csv`; the claim's text begins with its number, which orders the rows.
+
+        This notebook's claims stand in `tables/claims/<notebook>.csv`; `claims.csv` is put together from all of these.
+        """
+        row = {"claim": claim, "value": float(value), "ci_low": float(ci_low), "ci_high": float(ci_high)}
+        row |= {"threshold": float(threshold), "holds": bool(holds), "n": int(n), "seed": self.params.seed}
+        self._claims = [other for other in self._claims if other["claim"] != claim] + [row]
+        part = self.folder / "tables" / "claims" / f"{self.notebook}.csv"
+        self.record_output(write(part, _csv(pd.DataFrame(self._claims, columns=CLAIM_COLUMNS))))
+        gather_claims(self.params)
+        return pd.DataFrame([row], columns=CLAIM_COLUMNS)
+
+    def record_input(self, path: str | Path) -> Path:
+        """Notes a file or folder that the notebook reads; InputError where there is none."""
+        return self._record("inputs", Path(path))
+
+    def record_output(self, path: str | Path) -> Path:
+        """Notes a file or folder that the notebook wrote by other means, such as an adapter."""
+        return self._record("outputs", Path(path))
+
+    def _table(self, frame: pd.DataFrame, stem: Path, title: str, footer: str) -> None:
+        self.record_output(write(stem.with_suffix(".csv"), _csv(frame)))
+        self.record_output(write(stem.with_suffix(".md"), _markdown(frame, title, footer)))
+
+    def _record(self, kind: str, path: Path) -> Path:
+        self._journal[kind][short_path(self.params, path)] = file_digest(path)
+        self._write_journal()
+        return path
+
+    def _write_journal(self) -> None:
+        write(self.work / "journal" / f"{self.notebook}.json", to_json(self._journal))
+
+
+def gather_claims(params: Params) -> list[Path]:
+    """Puts `tables/claims.csv` and `.md` together from the notebooks' claims, in the order of their numbers."""
+    tables = params.output_dir / "tables"
+    parts = [pd.read_csv(part, dtype=str, keep_default_na=False) for part in sorted(tables.glob("claims/*.csv"))]
+    claims = pd.concat([pd.DataFrame(columns=CLAIM_COLUMNS), *parts])
+    claims = claims.sort_values("claim", key=lambda texts: texts.map(_claim_order), kind="stable")
+    return [
+        write(tables / "claims.csv", _csv(claims)),
+        write(tables / "claims.md", _markdown(claims, "Claims", provenance(params))),
+    ]
+
+
+def provenance(params: Params, notebook: str | None = None) -> str:
+    """One line that tells which parameters and which code made a result."""
+    made_by = [notebook] if notebook else []
+    facts = [f"params {params.digest}", f"code {code_version(notebook)}", f"seed {params.seed}"]
+    return " · ".join([f"experiment {params.experiment}", *made_by, *facts])
+
+
+def code_version(notebook: str | None = None) -> str:
+    """12 hex digits of the package's Python files, and of the notebook's code cells (prose changes no result)."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode() + path.read_bytes())
+    source = PACKAGE.parent / "notebooks" / f"{notebook}.ipynb"
+    if source.is_file():
+        cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+        code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+        digest.update("\n".join("".join(lines) for lines in code).encode())
+    return digest.hexdigest()[:12]
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file, or of a folder's file names and contents; InputError where there is neither."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+    lines = [f"{file_digest(inner)} {inner.relative_to(path).as_posix()}\n" for inner in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def short_path(params: Params, path: str | Path) -> str:
+    """The path as it is written into records: relative to the root where it lies below, so the same on each machine."""
+    path, root = Path(path).resolve(), params.root.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Writes beside the place and renames, so that a reader sees the old file or the new one and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def to_json(content: Any) -> str:
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _markdown(frame: pd.DataFrame, title: str, footer: str) -> str:
+    cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    headers = [_cell(name) for name in frame.columns]
+    alignment = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
+    body = tabulate(cells, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment if cells else None)
+    return f"# {title}\n\n{body}\n\n*{footer}*\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _claim_order(claim: str) -> tuple[float, str]:
+    number = re.match(r"\d+", claim)
+    return (float(number[0]) if number else math.inf, claim)
+
+
+def _accelerator() -> str | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
