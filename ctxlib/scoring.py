@@ -1,0 +1,373 @@
+r"""Context-dependency scores: how much of an answer's attention goes to what the user wrote.
+
+$$s_M(Y_m) = \frac{1}{|Y_m|} \sum_{y \in Y_m} \max_{h} \sum_{x \in X_1 \cup \dots \cup X_m} \mathrm{Att}_h(y, x)$$
+
+Two readings. `clean` is the formula as it stands: every user token is a key, the answer is its content. `paper` is
+what the authors' script computes: the text of a system message counts as the user's, tokens that are only newlines or
+special do not, the answer includes the end-of-sequence and newline tokens that close it, and conversations end at 2047
+tokens. In both, an answer that does not fit into the length is counted and not scored.
+
+Reference: Wang et al. 2024, section 3.1; official script `process_dataset.py`.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from ctxlib.attention import record_allocation
+from ctxlib.conversations import Conversation, Corpus
+from ctxlib.params import InputError
+from ctxlib.roles import Role, RoleMap, pad_batch, role_map
+
+Reading = Literal["clean", "paper"]
+HeadReduction = Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
+PAPER_MAX_LENGTH = 2047
+COLUMNS = {
+    "conversation": "str",
+    "turn": "int64",
+    "layer": "int64",
+    "score": "float64",
+    "user_tokens": "int64",
+    "answer_tokens": "int64",
+    "context_tokens": "int64",
+    "reading": "str",
+    "seed_model": "str",
+    "skipped": "str",
+}
+
+
+def score_corpus(
+    model,
+    tokenizer,
+    corpus: Corpus,
+    *,
+    layers: Literal["all"] | Sequence[int] = "all",
+    reading: Reading = "clean",
+    head_reduction: HeadReduction = "max_then_mean",
+    max_length: int | None = None,
+    token_budget: int = 8192,
+    shard_dir: str | Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    conversations_per_part: int = 256,
+    seed_model: str | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Score every answered turn of a corpus; one row a turn and layer, in the corpus's order.
+
+    Columns: conversation, turn (from 1), layer (from 0), score in [0, 1], user_tokens (of this turn's user message),
+    answer_tokens, context_tokens (all tokens before the answer), reading, seed_model. Turns that could not be scored
+    have no row; `frame.attrs["skipped"]` counts them by reason.
+
+    max_length: how many tokens of a conversation are looked at; by default the model's positions ("paper": 2047).
+    token_budget: tokens of one batch, padding included; a longer conversation makes a batch of its own.
+    shard_dir: where parts are kept, under a hash of model, template, layers, reading, reduction and data. Finished
+        parts are read, not scored again: a call that was killed goes on where it stopped and ends with the same frame.
+    shard: (i, n) takes every n-th part from the i-th on; when all n are done, a call without it reads them all.
+    seed_model: the model's name in the frame; by default the hash of its weights.
+
+    Raises InputError for an empty corpus, repeated conversation ids, a layer that does not exist, a score that is not a
+    number (what was scored before stays), and when no turn at all could be scored.
+    Reference: Wang et al. 2024, section 3.1.
+    """
+    layers = _checked_layers(model, layers)
+    max_length = _checked_length(model, max_length, reading)
+    index, shards = shard
+    if not 0 <= index < shards:
+        raise InputError(f"shard {index}/{shards}: the first number must be at least 0 and less than the second")
+    ids = [conversation.id for conversation in corpus.conversations]
+    if not ids:
+        raise InputError(f"{corpus.source}: no conversation to score")
+    if len(set(ids)) < len(ids):
+        repeated = next(id for id in ids if ids.count(id) > 1)
+        raise InputError(f"{corpus.source}: conversation id {repeated!r} occurs more than once; ids must be unique")
+
+    settings = {"layers": layers, "reading": reading, "head_reduction": head_reduction, "max_length": max_length}
+    weights = weights_hash(model) if shard_dir is not None or seed_model is None else None
+    seed_model = seed_model or weights
+    folder = None
+    if shard_dir is not None:
+        settings |= {"weights": weights, "seed_model": seed_model, "dtype": str(model.dtype)}
+        settings |= {"template": _template_hash(tokenizer), "data": _corpus_hash(corpus)}
+        settings |= {"conversations_per_part": conversations_per_part}
+        folder = Path(shard_dir) / _digest(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+
+    starts = range(0, len(ids), conversations_per_part)
+    chosen = [(i, corpus.conversations[s : s + conversations_per_part]) for i, s in enumerate(starts)][index::shards]
+    parts = []
+    with _Progress(sum(len(conversations) for _, conversations in chosen), disable=not progress) as bar:
+        for number, conversations in chosen:
+            file = folder and folder / f"part-{number:05d}.parquet"
+            if file and file.exists():
+                parts.append(pd.read_parquet(file))
+                bar.update(len(conversations))
+                continue
+            examples = [_encode(tokenizer, conversation, reading, max_length) for conversation in conversations]
+            bar.update(sum(not example.answers for example in examples))
+            scores = {}
+            for batch in length_buckets([example for example in examples if example.answers], token_budget):
+                scores |= _score_batch(model, tokenizer, batch, layers, head_reduction)
+                bar.scored(len(batch), tokens=sum(len(example.map) for example in batch))
+            rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
+            parts.append(_frame(rows, reading, seed_model))
+            if file:
+                _write_whole(file, parts[-1].to_parquet)
+
+    frame = pd.concat(parts, ignore_index=True) if parts else _frame([], reading, seed_model)
+    scored = frame[frame["skipped"] == ""].drop(columns="skipped").reset_index(drop=True)
+    skipped = frame["skipped"][frame["skipped"] != ""].value_counts().to_dict()
+    if chosen and scored.empty:
+        reasons = ", ".join(skipped) or "no user message has an answer"
+        raise InputError(f"{corpus.source}: no turn could be scored: {reasons}")
+    scored.attrs["skipped"] = {reason: int(n) for reason, n in skipped.items()}
+    return scored
+
+
+def layer_agreement(
+    frame: pd.DataFrame, top: float = 0.1, reading: Literal["clean", "paper", "paper_code"] = "clean"
+) -> pd.DataFrame:
+    """How far two layers agree on which turns depend on their context most.
+
+    One row an ordered pair of layers: layer, other_layer, overlap (fraction of the layer's top turns that are also the
+    other's, in [0, 1]), disagreement = 1 - overlap, by_chance (the overlap of two random choices), n (turns).
+    `clean` and `paper` take the fraction `top` of turns with the highest scores, as the paper's text says; `paper_code`
+    drops the fraction `top` with the lowest and keeps the other 90 %, as the authors' script does, so that the
+    disagreement cannot exceed 0.11. Equal scores are taken in the frame's order.
+
+    Raises InputError when the layers were not scored on the same turns.
+    Reference: Wang et al. 2024, figure 6; official script `compute_layer_agreement.py`.
+    """
+    scores = frame.pivot(index=["conversation", "turn"], columns="layer", values="score")
+    if scores.isna().to_numpy().any():
+        raise InputError("layer agreement: some turns have no score at some layer; score all layers on the same turns")
+    n = len(scores)
+    cut = max(1, int(n * top + 1e-9))
+    kept = slice(cut, None) if reading == "paper_code" else slice(-cut, None)
+    chosen = {layer: set(scores[layer].sort_values(kind="stable").index[kept]) for layer in scores.columns}
+    rows = []
+    for layer, ours in chosen.items():
+        for other_layer, theirs in chosen.items():
+            overlap = len(ours & theirs) / len(ours)
+            rows.append((layer, other_layer, overlap, 1 - overlap, len(ours) / n, n))
+    return pd.DataFrame(rows, columns=["layer", "other_layer", "overlap", "disagreement", "by_chance", "n"])
+
+
+def reduce_heads(user_attention: Float[Tensor, "layer head row"], how: HeadReduction) -> Float[Tensor, " layer"]:
+    """One number a layer, in [0, 1], from the attention that each answer token (row) pays to the user's tokens.
+
+    `max_then_mean` takes the best head for every token (the released scores), `mean_then_max` one head for the whole
+    answer (a reading of the paper's appendix B.3), `mean` all heads alike, `first_token` the best head of that token.
+    """
+    if how == "max_then_mean":
+        return user_attention.amax(dim=1).mean(dim=-1)
+    if how == "mean_then_max":
+        return user_attention.mean(dim=-1).amax(dim=1)
+    if how == "mean":
+        return user_attention.mean(dim=(1, 2))
+    if how == "first_token":
+        return user_attention[:, :, 0].amax(dim=1)
+    raise InputError(f"head_reduction {how!r}: choose max_then_mean, mean_then_max, mean or first_token")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where one turn's answer lies in its conversation: `rows` are the query positions that the score averages over."""
+
+    turn: int
+    rows: Int[Tensor, " row"]
+    user_tokens: int
+    answer_tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation ready to be scored: its map ends with the last answer that fits, `skipped` gives reasons by turn.
+
+    The map is None where the chat template cannot express the conversation.
+    """
+
+    id: str
+    map: RoleMap | None
+    answers: list[Answer]
+    skipped: dict[int, str]
+
+
+def answered_turns(conversation: Conversation) -> list[tuple[int, int, int]]:
+    """(turn, index of the user message, index of the assistant message that answers it), turns counted from 1."""
+    messages, turn, found = conversation.messages, 0, []
+    for i, message in enumerate(messages):
+        turn += message.role == "user"
+        if turn and message.role == "assistant" and messages[i - 1].role == "user":
+            found.append((turn, i - 1, i))
+    return found
+
+
+def length_buckets(examples: Sequence[Example], token_budget: int) -> Iterator[list[Example]]:
+    """Batches of similar length, the longest first, of at most token_budget tokens with padding, or of one example."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=lambda example: -len(example.map)):
+        if batch and len(batch[0].map) * (len(batch) + 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def weights_hash(model) -> str:
+    """12 hex digits of sha256 over the names and bytes of all weights (about a second a gigabyte)."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+class _Progress(tqdm):
+    """A bar of conversations that says how many tokens a second are scored."""
+
+    def __init__(self, total: int, disable: bool):
+        super().__init__(total=total, disable=disable, desc="scoring", unit=" conversations")
+        self._tokens, self._began = 0, time.perf_counter()
+
+    def scored(self, conversations: int, tokens: int) -> None:
+        self._tokens += tokens
+        self.set_postfix_str(f"{self._tokens / (time.perf_counter() - self._began):,.0f} tokens/s", refresh=False)
+        self.update(conversations)
+
+
+def _encode(tokenizer, conversation: Conversation, reading: Reading, max_length: int) -> Example:
+    turns = [turn for turn, _, _ in answered_turns(conversation)]
+    try:
+        role_of = role_map(tokenizer, conversation.messages)
+    except InputError as error:
+        return Example(conversation.id, None, [], dict.fromkeys(turns, str(error)))
+    closing = torch.zeros_like(role_of.ids, dtype=torch.bool)
+    if reading == "paper":
+        role_of, closing = _as_in_the_paper(role_of, tokenizer)
+    answers, skipped = [], {}
+    for turn in turns:
+        content = torch.nonzero((role_of.roles == Role.ASSISTANT) & (role_of.turns == turn)).flatten()
+        if len(content) == 0:
+            skipped[turn] = "the answer has no tokens in this rendering"
+        elif content[-1] >= max_length:
+            skipped[turn] = f"the answer ends beyond {max_length} tokens"
+        else:
+            end = int(content[-1]) + 1
+            while end < min(len(closing), max_length) and closing[end]:
+                end += 1
+            rows = torch.cat([content, torch.arange(int(content[-1]) + 1, end)])
+            user_tokens = int(((role_of.roles == Role.USER) & (role_of.turns == turn)).sum())
+            answers.append(Answer(turn, rows, user_tokens, len(content), int(content[0])))
+    if answers:
+        role_of = role_of.truncate(int(answers[-1].rows[-1]) + 1)
+    return Example(conversation.id, role_of, answers, skipped)
+
+
+def _as_in_the_paper(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
+    """The map with the user's tokens as the official script counts them, and which tokens may close an answer."""
+    newline = torch.tensor([_is_newlines(tokenizer, token_id) for token_id in role_of.ids.tolist()])
+    special = torch.isin(role_of.ids, torch.tensor(tokenizer.all_special_ids))
+    roles = role_of.roles.clone()
+    closing = (roles == Role.TEMPLATE) & (newline | (role_of.ids == tokenizer.eos_token_id))
+    roles[roles == Role.SYSTEM] = Role.USER
+    roles[(roles == Role.USER) & (newline | special)] = Role.TEMPLATE
+    return replace(role_of, roles=roles), closing
+
+
+@functools.lru_cache(maxsize=2**18)
+def _is_newlines(tokenizer, token_id: int) -> bool:
+    text = tokenizer.decode([token_id])
+    return bool(text) and not text.strip("\n")
+
+
+def _score_batch(
+    model, tokenizer, batch: list[Example], layers: list[int], head_reduction: HeadReduction
+) -> dict[str, list[list[float]]]:
+    """Scores by conversation, answer and layer. Padding is on the right, where a causal model needs no mask for it."""
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    padded = pad_batch([example.map for example in batch], pad_id, side="right")
+    wanted = [torch.cat([answer.rows for answer in example.answers]) for example in batch]
+    rows = pad_sequence(wanted, batch_first=True, padding_value=-1)
+    scores = {}
+    with torch.inference_mode():
+        roles, rows = padded.roles.to(model.device), rows.to(model.device)
+        with record_allocation(model, roles, rows=rows, layers=layers, stop_after=max(layers)) as recording:
+            model.get_decoder()(input_ids=padded.input_ids.to(model.device), use_cache=False)
+        user = recording.allocation[..., Role.USER]
+        for i, example in enumerate(batch):
+            by_answer = user[:, i, :, : len(wanted[i])].split([len(answer.rows) for answer in example.answers], dim=-1)
+            reduced = torch.stack([reduce_heads(of_one, head_reduction) for of_one in by_answer])
+            scores[example.id] = reduced.double().cpu().tolist()
+    return scores
+
+
+def _rows(example: Example, scores: list[list[float]], layers: list[int]) -> list[dict]:
+    """One row a turn and layer; a turn that was skipped has a single one, without score and layer, with the reason."""
+    nothing = {"layer": -1, "score": math.nan, "user_tokens": 0, "answer_tokens": 0, "context_tokens": 0}
+    rows = [{**nothing, "turn": turn, "skipped": reason} for turn, reason in example.skipped.items()]
+    for answer, by_layer in zip(example.answers, scores, strict=True):
+        counts = {name: getattr(answer, name) for name in ("turn", "user_tokens", "answer_tokens", "context_tokens")}
+        for layer, score in zip(layers, by_layer, strict=True):
+            if math.isnan(score):
+                where = f"conversation {example.id!r}, turn {answer.turn}, layer {layer}"
+                raise InputError(f"{where}: the score is not a number; does the model compute NaN in this dtype?")
+            rows.append({**counts, "layer": layer, "score": score, "skipped": ""})
+    return [{"conversation": example.id, **row} for row in rows]
+
+
+def _frame(rows: list[dict], reading: Reading, seed_model: str) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(COLUMNS)).assign(reading=reading, seed_model=seed_model).astype(COLUMNS)
+
+
+def _checked_layers(model, layers) -> list[int]:
+    depth = model.config.get_text_config().num_hidden_layers
+    chosen = list(range(depth)) if isinstance(layers, str) and layers == "all" else sorted(set(layers))
+    for layer in chosen:
+        if layer not in range(depth):
+            raise InputError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
+    if not chosen:
+        raise InputError("layers: name at least one layer, or 'all'")
+    return chosen
+
+
+def _checked_length(model, max_length: int | None, reading: Reading) -> int:
+    if reading not in ("clean", "paper"):
+        raise InputError(f"reading {reading!r}: choose clean or paper")
+    positions = model.config.get_text_config().max_position_embeddings
+    return min(positions, max_length or (PAPER_MAX_LENGTH if reading == "paper" else positions))
+
+
+def _digest(what) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _template_hash(tokenizer) -> str:
+    return _digest([tokenizer.chat_template, sorted(tokenizer.get_vocab().items())])
+
+
+def _corpus_hash(corpus: Corpus) -> str:
+    return _digest([[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations])
+
+
+def _write_whole(path: Path, write) -> None:
+    """Write beside, then rename: the file is there in whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(beside)
+    os.replace(beside, path)

@@ -1,0 +1,277 @@
+"""Context-dependency scores against a loop over the eager attention matrix; parts that are kept and found again."""
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ctxlib import scoring
+from ctxlib.conversations import Conversation, Corpus, Message
+from ctxlib.params import InputError
+from ctxlib.roles import Role, RoleMap, role_map
+from ctxlib.scoring import answered_turns, layer_agreement, length_buckets, reduce_heads, score_corpus
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def eager(model):
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    return other
+
+
+def conversation(id, *texts, system=None):
+    roles = ("user", "assistant")
+    turns = tuple(Message(roles[i % 2], text) for i, text in enumerate(texts))
+    return Conversation(id, (Message("system", system), *turns) if system else turns)
+
+
+def corpus_of(*conversations):
+    return Corpus(tuple(conversations), pd.DataFrame({"reason": [], "n": []}), "a test")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return corpus_of(
+        conversation("b", "Who?\nI ask.", "Ada.", "And\n\nthen, who?", "It was Bo then."),
+        conversation("a", "Sum 1 2", "3", system="Be brief."),
+        conversation("c", "hello there, you", "hi", "a", "b", "c", "d"),
+        conversation("e", "long " * 12, "short"),
+        conversation("d", "x", "a rather long answer to a short question", "unanswered"),
+    )
+
+
+def brute_force(eager, tokenizer, conversation, reading):
+    """{(turn, layer): score}, one attention weight after the other."""
+    tokens = role_map(tokenizer, conversation.messages)
+    ids, roles, turns = tokens.ids.tolist(), tokens.roles.tolist(), tokens.turns.tolist()
+    with torch.no_grad():
+        attentions = eager(torch.tensor([ids]), output_attentions=True).attentions
+    newline, eos = tokenizer("\n", add_special_tokens=False).input_ids[0], tokenizer.eos_token_id
+    scores = {}
+    for turn, _, _ in answered_turns(conversation):
+        answer = [i for i in range(len(ids)) if roles[i] == Role.ASSISTANT and turns[i] == turn]
+        keys = [i for i in range(answer[0]) if roles[i] == Role.USER]
+        if reading == "paper":
+            assert ids[answer[-1] + 1 : answer[-1] + 3] == [eos, newline]
+            answer += [answer[-1] + 1, answer[-1] + 2]
+            keys = [i for i in range(answer[0]) if roles[i] in (Role.USER, Role.SYSTEM) and ids[i] != newline]
+        for layer, attention in enumerate(attentions):
+            best = [max(sum(float(head[y, x]) for x in keys) for head in attention[0]) for y in answer]
+            scores[turn, layer] = sum(best) / len(best)
+    return scores
+
+
+@pytest.mark.parametrize("reading", ["clean", "paper"])
+def test_score_matches_brute_force_loop(model, eager, tokenizer, corpus, reading):
+    frame = score_corpus(model, tokenizer, corpus, reading=reading, progress=False)
+    for c in corpus.conversations:
+        rows = frame[frame.conversation == c.id]
+        ours = {(row.turn, row.layer): row.score for row in rows.itertuples()}
+        assert ours == pytest.approx(brute_force(eager, tokenizer, c, reading), abs=2e-6)
+    assert frame.score.between(0, 1).all() and set(frame.reading) == {reading}
+    assert list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
+    assert frame.equals(frame.sort_values(["turn", "layer"]).iloc[frame.sort_values(["turn", "layer"]).index.argsort()])
+
+
+def test_rows_are_in_the_order_of_corpus_turn_layer(model, tokenizer, corpus):
+    frame = score_corpus(model, tokenizer, corpus, layers=[2, 0], token_budget=100, progress=False)
+    expected = [
+        (c.id, turn, layer) for c in corpus.conversations for turn, _, _ in answered_turns(c) for layer in (0, 2)
+    ]
+    assert list(zip(frame.conversation, frame.turn, frame.layer, strict=True)) == expected
+
+
+def test_keys_of_a_later_turn_include_all_earlier_user_turns(model, eager, tokenizer):
+    c = conversation("two", "first question", "yes", "second", "no")
+    frame = score_corpus(model, tokenizer, corpus_of(c), layers=[1], progress=False)
+    tokens = role_map(tokenizer, c.messages)
+    with torch.no_grad():
+        attention = eager(tokens.ids[None], output_attentions=True).attentions[1][0]
+    rows = (tokens.roles == Role.ASSISTANT) & (tokens.turns == 2)
+    user = tokens.roles == Role.USER
+    assert set(tokens.turns[user].tolist()) == {1, 2}
+    by_hand = attention[:, rows][:, :, user].sum(-1).amax(0).mean()
+    assert frame.score[frame.turn == 2].item() == pytest.approx(by_hand.item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("reading", ["clean", "paper"])
+def test_score_is_invariant_to_padding_batching_and_sharding(model, tokenizer, corpus, reading):
+    one_by_one = score_corpus(model, tokenizer, corpus, reading=reading, token_budget=1, progress=False)
+    together = score_corpus(model, tokenizer, corpus, reading=reading, token_budget=10**6, progress=False)
+    shards = [
+        score_corpus(model, tokenizer, corpus, reading=reading, shard=(i, 2), conversations_per_part=1, progress=False)
+        for i in range(2)
+    ]
+    keys = ["conversation", "turn", "layer"]
+    sharded = pd.concat(shards).set_index(keys).loc[pd.MultiIndex.from_frame(together[keys])].reset_index()
+    for other in (together, sharded):
+        pd.testing.assert_frame_equal(one_by_one, other[list(one_by_one)], rtol=0, atol=2e-6)
+
+
+def test_a_layer_alone_scores_as_it_does_among_all(model, tokenizer, corpus):
+    every = score_corpus(model, tokenizer, corpus, progress=False)
+    for layer in range(3):
+        alone = score_corpus(model, tokenizer, corpus, layers=[layer], progress=False)
+        expected = every[every.layer == layer].reset_index(drop=True)
+        pd.testing.assert_frame_equal(alone, expected, rtol=0, atol=1e-6)
+
+
+def test_token_counts_are_those_of_the_text(model, tokenizer):
+    c = conversation("n", "four", "sixsix", "two\n", "eight888")  # one token a byte
+    clean = score_corpus(model, tokenizer, corpus_of(c), layers=[0], progress=False)
+    paper = score_corpus(model, tokenizer, corpus_of(c), layers=[0], reading="paper", progress=False)
+    assert clean.user_tokens.tolist() == [4, 4] and paper.user_tokens.tolist() == [4, 3]
+    assert clean.answer_tokens.tolist() == paper.answer_tokens.tolist() == [6, 8]
+    first = 1 + len("<|user|>\nfour") + 1 + len("\n<|assistant|>\n")
+    assert clean.context_tokens.tolist()[0] == first
+
+
+def test_head_reductions_are_what_their_names_say():
+    attention = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    for layer in range(2):
+        a = attention[layer].tolist()
+        expected = {
+            "max_then_mean": sum(max(a[h][y] for h in range(4)) for y in range(5)) / 5,
+            "mean_then_max": max(sum(a[h]) / 5 for h in range(4)),
+            "mean": sum(map(sum, a)) / 20,
+            "first_token": max(a[h][0] for h in range(4)),
+        }
+        for how, value in expected.items():
+            assert reduce_heads(attention, how)[layer].item() == pytest.approx(value, abs=1e-6)
+
+
+def test_an_answer_that_does_not_fit_is_counted_and_never_cut(model, tokenizer):
+    c = conversation("long", "one", "answer one", "two", "answer two " * 3)
+    length = len(role_map(tokenizer, c.messages))
+    frame = score_corpus(model, tokenizer, corpus_of(c), layers=[0], max_length=length - 3, progress=False)
+    assert frame.turn.tolist() == [1] and frame.attrs["skipped"] == {f"the answer ends beyond {length - 3} tokens": 1}
+    fitting = score_corpus(model, tokenizer, corpus_of(c), layers=[0], max_length=length - 2, progress=False)
+    assert fitting.turn.tolist() == [1, 2] and fitting.attrs["skipped"] == {}
+    assert fitting.score[0] == pytest.approx(frame.score[0], abs=1e-6)
+    with pytest.raises(InputError, match=r"no turn could be scored.*beyond 20 tokens"):
+        score_corpus(model, tokenizer, corpus_of(c), layers=[0], max_length=20, progress=False)
+    beyond = conversation("beyond", "x" * 300, "y")
+    frame = score_corpus(model, tokenizer, corpus_of(c, beyond), layers=[0], progress=False)
+    assert set(frame.conversation) == {"long"} and frame.attrs["skipped"] == {"the answer ends beyond 256 tokens": 1}
+
+
+def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, corpus, tmp_path, monkeypatch):
+    settings = {"layers": [0, 2], "conversations_per_part": 1, "progress": False}
+    whole = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "whole", **settings)
+    score_batch, calls = scoring._score_batch, []
+
+    def dies_after_two(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return score_batch(*args)
+
+    monkeypatch.setattr(scoring, "_score_batch", dies_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "killed", **settings)
+    assert [path.name for path in sorted(tmp_path.glob("killed/*/*.parquet"))] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+
+    calls.clear()
+    monkeypatch.setattr(scoring, "_score_batch", lambda *args: calls.append(1) or score_batch(*args))
+    resumed = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "killed", **settings)
+    assert len(calls) == 3
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert resumed.attrs == whole.attrs
+    unsharded = score_corpus(model, tokenizer, corpus, **settings)
+    pd.testing.assert_frame_equal(unsharded, whole, check_exact=True)
+
+
+def test_shards_of_several_processes_are_read_as_one(model, tokenizer, corpus, tmp_path, monkeypatch):
+    settings = {"layers": [1], "conversations_per_part": 2, "shard_dir": tmp_path, "progress": False}
+    parts = [score_corpus(model, tokenizer, corpus, shard=(i, 2), **settings) for i in (1, 0)]
+    monkeypatch.setattr(scoring, "_score_batch", lambda *args: pytest.fail("scored again"))
+    frame = score_corpus(model, tokenizer, corpus, **settings)
+    assert len(frame) == sum(map(len, parts)) and list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
+
+
+def test_other_weights_data_or_settings_never_share_parts(model, tokenizer, corpus, tmp_path):
+    settings = {"layers": [0], "shard_dir": tmp_path, "progress": False}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    score_corpus(model, tokenizer, corpus, **settings)
+    score_corpus(model, tokenizer, corpus, **settings)
+    score_corpus(other, tokenizer, corpus, **settings)
+    score_corpus(model, tokenizer, corpus_of(*corpus.conversations[:2]), **settings)
+    score_corpus(model, tokenizer, corpus, reading="paper", **settings)
+    score_corpus(model, tokenizer, corpus, head_reduction="mean", **settings)
+    score_corpus(model, tokenizer, corpus, **settings | {"layers": [1]})
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_bad_input_is_named(model, tokenizer, corpus, tmp_path):
+    with pytest.raises(InputError, match="no conversation"):
+        score_corpus(model, tokenizer, corpus_of(), progress=False)
+    for layers in ([3], [-1], [0, 99]):
+        with pytest.raises(InputError, match="does not exist: the model has layers 0 to 2"):
+            score_corpus(model, tokenizer, corpus, layers=layers, progress=False)
+    with pytest.raises(InputError, match="'b' occurs more than once"):
+        score_corpus(model, tokenizer, corpus_of(corpus.conversations[0], corpus.conversations[0]), progress=False)
+    with pytest.raises(InputError, match="shard 2/2"):
+        score_corpus(model, tokenizer, corpus, shard=(2, 2), progress=False)
+
+
+def test_a_score_that_is_not_a_number_names_its_turn_and_keeps_finished_parts(model, tokenizer, tmp_path):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[tokenizer("Z", add_special_tokens=False).input_ids[0]] = float("nan")
+    both = corpus_of(conversation("fine", "a", "b"), conversation("ill", "c", "d", "Z", "e"))
+    with pytest.raises(InputError, match="'ill', turn 2, layer 0"):
+        score_corpus(broken, tokenizer, both, shard_dir=tmp_path, conversations_per_part=1, layers=[0], progress=False)
+    assert len(list(tmp_path.glob("*/part-*.parquet"))) == 1
+
+
+def test_buckets_keep_the_token_budget_and_lose_nobody():
+    def example(n):
+        zeros = torch.zeros(n, dtype=torch.long)
+        return scoring.Example(str(n), RoleMap(zeros, zeros, zeros), [], {})
+
+    examples = [example(n) for n in (5, 90, 7, 6, 30, 31, 1)]
+    buckets = list(length_buckets(examples, 64))
+    assert sorted(int(e.id) for bucket in buckets for e in bucket) == [1, 5, 6, 7, 30, 31, 90]
+    assert all(len(b) == 1 or max(len(e.map) for e in b) * len(b) <= 64 for b in buckets)
+    assert len(buckets) == 3
+
+
+def frame_of(**by_layer):
+    rows = [(f"c{i}", 1, int(name[1:]), s) for name, scores in by_layer.items() for i, s in enumerate(scores)]
+    return pd.DataFrame(rows, columns=["conversation", "turn", "layer", "score"])
+
+
+def test_layer_agreement_compares_the_top_turns():
+    up, down = [i / 20 for i in range(20)], [1 - i / 20 for i in range(20)]
+    half = [*up[:18], 0.0, 1.0]  # of the top two, one remains
+    table = layer_agreement(frame_of(l0=up, l1=down, l2=half)).set_index(["layer", "other_layer"])
+    assert table.overlap.loc[[(0, 0), (0, 1), (0, 2), (2, 0)]].tolist() == [1, 0, 0.5, 0.5]
+    assert (table.overlap + table.disagreement == 1).all() and (table.by_chance == 0.1).all()
+
+
+def test_layer_agreement_as_the_script_had_it_cannot_disagree_much():
+    up, down = [i / 20 for i in range(20)], [1 - i / 20 for i in range(20)]
+    table = layer_agreement(frame_of(l0=up, l1=down), reading="paper_code")
+    assert table.disagreement.max() == pytest.approx(2 / 18)
+
+
+def test_layer_agreement_wants_the_same_turns_for_all_layers():
+    with pytest.raises(InputError, match="same turns"):
+        layer_agreement(frame_of(l0=[0.1, 0.2], l1=[0.1]))
