@@ -1,0 +1,108 @@
+"""How much of the last token's attention each role gets, and how that shifts when a chat template is put on."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from ctxlib.attention import record_allocation, steer_attention
+from ctxlib.params import InputError
+from ctxlib.roles import ROLES, Role, RoleMap, pad_batch
+
+CELL = ["example", "layer", "head", "role"]
+
+
+def attention_allocation(
+    model: nn.Module,
+    maps: Sequence[RoleMap],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    layers: Sequence[int] | None = None,
+    steering_alpha: float | None = None,
+    reading: Literal["clean", "paper"] = "clean",
+) -> pd.DataFrame:
+    """Attention of the last token, which yields the first token of the answer, summed by role.
+
+    A tidy frame `example, layer, head, role, attention_allocation`: examples numbered as in `maps`, fractions in
+    [0, 1] that sum to one over the five roles. With a `steering_alpha` the attention is steered to the user's tokens.
+    Only the layers asked for and those below them are run. Reference: Wang et al. 2024, section 2.2.
+    """
+    if not maps:
+        raise InputError("there is nothing to measure: give at least one example")
+    device = next(model.parameters()).device
+    by_length = sorted(range(len(maps)), key=lambda i: len(maps[i]))
+    frames = []
+    for start in range(0, len(maps), batch_size):
+        examples = by_length[start : start + batch_size]
+        batch = pad_batch([maps[i] for i in examples], pad_token_id, side="right")
+        roles = batch.roles.to(device)
+        steering = nullcontext()
+        if steering_alpha is not None:
+            steering = steer_attention(model, roles == Role.USER, steering_alpha, reading)
+        chosen = range(model.config.num_hidden_layers) if layers is None else layers
+        recorder = record_allocation(model, roles, layers=chosen, stop_after=max(chosen))
+        # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.
+        with torch.inference_mode(), steering, recorder as recording:
+            model(input_ids=batch.input_ids.to(device), use_cache=False)
+        frames.append(_tidy(recording.allocation[:, :, :, -1].cpu(), recording.layers, examples))
+    return pd.concat(frames).sort_values(CELL[:3], kind="stable", ignore_index=True)
+
+
+def renormalise(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same frame without the template's tokens, the other roles scaled to sum to one.
+
+    Reference: Wang et al. 2024, section 2.2, which has no system text: where there is one it keeps its share.
+    """
+    kept = frame[frame.role != "template"].reset_index(drop=True)
+    total = kept.groupby(CELL[:3]).attention_allocation.transform("sum")
+    return kept.assign(attention_allocation=kept.attention_allocation / total)
+
+
+def attention_shift(with_template: pd.DataFrame, without_template: pd.DataFrame) -> pd.DataFrame:
+    """Change of each role's share when the template is put on, paired by example, layer and head.
+
+    A tidy frame `example, layer, head, role, with_template, without_template, attention_shift`; shares are
+    renormalised, the shift is in [-1, 1] and sums to zero over the roles. Reference: Wang et al. 2024, figure 3.
+    Raises InputError where an example, layer or head is in one frame only.
+    """
+    sides = [renormalise(side).set_index(CELL).attention_allocation for side in (with_template, without_template)]
+    paired = pd.concat(sides, axis=1, keys=["with_template", "without_template"])
+    if not len(paired) == len(sides[0]) == len(sides[1]):
+        raise InputError("the runs with and without template differ in examples, layers or heads; measure both alike")
+    return paired.assign(attention_shift=paired.with_template - paired.without_template).reset_index()
+
+
+def retrieval_head(without_template: pd.DataFrame) -> pd.DataFrame:
+    """The head that attends most to the user's tokens: one row `example, layer, head` for each example and layer.
+
+    Chosen on the run without the template, as in the paper: at_heads(frame, retrieval_head(plain)) then selects the
+    same heads of any frame. Reference: Wang et al. 2024, appendix B.3.
+    """
+    user = without_template[without_template.role == "user"]
+    best = user.groupby(["example", "layer"]).attention_allocation.idxmax()
+    return user.loc[best, CELL[:3]].reset_index(drop=True)
+
+
+def at_heads(frame: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a frame that belong to the given heads, as `retrieval_head` returns them."""
+    return frame.merge(heads, on=CELL[:3], validate="many_to_one")
+
+
+def mean_over_heads(frame: pd.DataFrame) -> pd.DataFrame:
+    """The mean over heads of every number of an allocation or shift frame, per example, layer and role."""
+    keys = ["example", "layer", "role"]
+    return frame.drop(columns="head").groupby(keys, sort=False, as_index=False).mean()
+
+
+def _tidy(
+    allocation: Float32[Tensor, "layer example head role"], layers: Sequence[int], examples: Sequence[int]
+) -> pd.DataFrame:
+    axes = {"layer": layers, "example": examples, "head": range(allocation.shape[2]), "role": ROLES}
+    cells = pd.MultiIndex.from_product(axes.values(), names=axes)
+    frame = pd.Series(allocation.double().flatten().numpy(), index=cells, name="attention_allocation").reset_index()
+    return frame[[*CELL, "attention_allocation"]]

@@ -1,0 +1,409 @@
+r"""Record and steer the attention of an unchanged causal language model.
+
+Two context managers register one attention function with transformers for as long as they are open:
+
+    with steer_attention(model, keep, steering_alpha=0.95), record_allocation(model, roles) as recording:
+        model(input_ids, attention_mask=attention_mask)
+    recording.allocation  # layer batch head row role
+
+They may be nested in any order; what is recorded is always the steered attention.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from itertools import count
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ctxlib.params import InputError
+from ctxlib.roles import ROLES, Role
+
+Rows = Int[Tensor, "batch row"] | Literal["last", "all"]
+_BLOCK_ELEMENTS = 2**21  # float32 scores held at a time: 8 MB
+_numbers = count()
+
+
+@contextmanager
+def record_allocation(
+    model: nn.Module,
+    roles: Int[Tensor, "batch pos"],
+    rows: Rows = "last",
+    layers: Sequence[int] | None = None,
+    turns: Int[Tensor, "batch pos"] | None = None,
+    stop_after: int | None = None,
+) -> Iterator["Recording"]:
+    r"""Record the fraction of attention that chosen query positions pay to each role, in float32.
+
+    $$A_{r,h,q} = \sum_{k : \text{role}(k) = r} p_{h,q,k}, \qquad \sum_r A_{r,h,q} = 1$$
+
+    `roles` holds a `Role` a token, -1 on padding (left or right). `rows` are the queries: the last token of each
+    example, all of them, or a table of positions, -1 for none. Rows of padding are zero, all others sum to one. With
+    `turns` (`RoleBatch.turns`) the recording also splits every role by turn. `stop_after` ends the forward pass at
+    that layer's attention pattern: the call then returns an output without logits. The model computes what it
+    computes without the recorder; a new forward pass over the prompt replaces what was recorded. In `generate` the
+    decoding steps follow as more rows (not for a table of positions), their tokens counted as the assistant's.
+
+    Raises InputError for ill-shaped input and for attention that cannot be told by role: attention sinks, position
+    biases, and a sliding window that has dropped keys from the cache. Reference: Wang et al. 2024, section 2.2.
+    """
+    recording = Recording(model, roles, rows, layers, turns, stop_after)
+    with ExitStack() as stack:
+        hook = stack.enter_context(_registered(model))
+        if stop_after is not None:
+            stack.enter_context(_stoppable(model))
+        hook.recordings.append(recording)
+        stack.callback(hook.recordings.remove, recording)
+        yield recording
+
+
+@contextmanager
+def steer_attention(
+    model: nn.Module,
+    keep: Bool[Tensor, "batch pos"],
+    steering_alpha: float,
+    reading: Literal["clean", "paper"] = "clean",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    steer_generated: bool | None = None,
+) -> Iterator[None]:
+    r"""Weight down the attention to all keys but those to `keep`, and renormalise over all keys.
+
+    $$p'_{h,q,k} = \frac{w_k\, p_{h,q,k}}{\sum_j w_j\, p_{h,q,j}}, \qquad
+      w_k = 1 \text{ if } k \text{ is kept, else } \alpha$$
+
+    which is $\log\alpha$ added to the scores of the other keys. `steering_alpha` in (0, 1]; 1 changes nothing. The
+    "clean" reading is the paper's text: the same alpha in every layer, generated tokens weighted down. The "paper"
+    reading is what the official script does: alpha^(l+1) in layer l, generated tokens left alone. `steer_generated`
+    overrides the latter. `layers` and `heads` restrict the steering; works in the prompt's pass and in decoding.
+
+    Raises InputError as `record_allocation` does, and for models with soft-capped scores. Reference: Wang et al. 2024,
+    section 2.3.
+    """
+    steering = _Steering(model, keep, steering_alpha, reading, layers, heads, steer_generated)
+    if steering_alpha == 1:
+        yield
+        return
+    with _registered(model) as hook:
+        hook.steerings.append(steering)
+        try:
+            yield
+        finally:
+            hook.steerings.remove(steering)
+
+
+def verify_recording(model: nn.Module, input_ids: Int[Tensor, "batch pos"], roles: Int[Tensor, "batch pos"]) -> float:
+    """The largest absolute difference between the recorder and the model's own eager `output_attentions`, all layers.
+
+    About 1e-6 in float32; in half precision it is the rounding of the eager path. Holds the full patterns: short input.
+    """
+    model = _unwrapped(model)
+    backend = model.config._attn_implementation
+    if isinstance(ALL_ATTENTION_FUNCTIONS.get(backend), _Attention):
+        raise InputError("the model is being recorded or steered; call verify_recording outside that block")
+    roles = roles.to(input_ids.device)
+    inputs = {"input_ids": input_ids, "attention_mask": (roles >= 0).long(), "use_cache": False}
+    with torch.inference_mode():
+        with record_allocation(model, roles, rows="all") as recording:
+            model(**inputs)
+        model.set_attn_implementation("eager")
+        try:
+            patterns = model(**inputs, output_attentions=True).attentions
+        finally:
+            model.set_attn_implementation(backend)
+        columns = _columns(roles, len(ROLES))
+        real = (roles >= 0)[:, None, :, None]
+        expected = torch.stack([(p.float() @ columns[:, None]).where(real, 0) for p in patterns])
+        return (recording.allocation - expected).abs().max().item()
+
+
+class Recording:
+    """Role allocations of one forward pass and of the decoding steps after it, on the device of `roles`."""
+
+    def __init__(self, model, roles, rows, layers, turns, stop_after):
+        if turns is not None and turns.shape != roles.shape:
+            raise InputError(f"turns are {tuple(turns.shape)}, roles {tuple(roles.shape)}; give one turn a token")
+        depth = model.config.num_hidden_layers
+        if stop_after is not None:
+            depth = _checked("stop_after", [stop_after], depth)[0] + 1
+        self.layers = _checked("layer", layers, depth)
+        self.stop_after = stop_after
+        self._prompt = roles.shape
+        self._real = roles >= 0
+        self._n_turns = 1 if turns is None else int(turns.max()) + 1
+        turns = torch.zeros_like(roles) if turns is None else turns
+        self._group = torch.where(self._real, turns * len(ROLES) + roles, -1)
+        self._generated_group = turns.amax(dim=1, keepdim=True) * len(ROLES) + Role.ASSISTANT
+        self._follows = isinstance(rows, str)
+        self._rows = self._positions(rows)
+        self._steps: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+
+    @property
+    def allocation(self) -> Float32[Tensor, "layer batch head row role"]:
+        """Fraction of attention in [0, 1] on each of `ROLES`; rows in the order asked for, then decoding steps."""
+        return self.by_turn.sum(dim=-2)
+
+    @property
+    def by_turn(self) -> Float32[Tensor, "layer batch head row turn role"]:
+        """The same, split by the turn of the key; a single turn where no `turns` were given."""
+        if not all(self._steps.values()):
+            raise InputError("nothing was recorded; call the model inside the record_allocation block")
+        grouped = torch.stack([torch.cat(steps, dim=2) for steps in self._steps.values()])
+        return grouped.unflatten(-1, (self._n_turns, len(ROLES)))
+
+    def _positions(self, rows) -> Int[Tensor, "batch row"]:
+        batch, length = self._prompt
+        every = torch.arange(length, device=self._real.device).expand(batch, length)
+        if isinstance(rows, Tensor):
+            if rows.ndim != 2 or len(rows) != batch or (rows >= length).any() or (rows < -1).any():
+                raise InputError(f"rows must be a (batch, row) table of positions below {length}, or -1 for none")
+            return rows.to(every.device)
+        if not self._real.any(dim=1).all():
+            raise InputError("an example has no tokens: all of its roles are -1")
+        if rows not in ("last", "all"):
+            raise InputError(f"rows is {rows!r}; give 'last', 'all' or a table of positions")
+        return every if rows == "all" else every.where(self._real, -1).amax(dim=1, keepdim=True)
+
+    def see(self, layer, query, key, mask, scaling, softcap, first_query) -> None:
+        if layer not in self._steps:
+            return
+        batch, length = self._prompt
+        queries = query.shape[2]
+        _check_batch(query, batch)
+        if first_query == 0:
+            if queries != length:
+                raise InputError(f"the model was given {queries} positions, roles have {length}; keep the cache on")
+            self._steps[layer].clear()
+            rows = self._rows
+            real = (rows >= 0) & self._real.gather(1, rows.clamp(min=0))
+        elif first_query >= length:
+            if not self._follows:
+                return
+            rows = torch.arange(first_query, first_query + queries, device=self._real.device).expand(batch, -1)
+            real = torch.ones_like(rows, dtype=torch.bool)
+        else:
+            raise InputError("the prompt came in several chunks; record it in one forward pass")
+        later = self._generated_group.expand(-1, max(key.shape[2] - length, 0))
+        columns = _columns(torch.cat([self._group, later], dim=1), self._n_turns * len(ROLES))
+        index, columns = (rows.clamp(min=0) - first_query).to(query.device), columns.to(query.device)
+        grouped = _grouped_pattern(query, key, mask, index, columns, scaling, softcap)
+        self._steps[layer].append(grouped.to(real.device).where(real[:, None, :, None], 0))
+
+
+def _columns(groups: Int[Tensor, "batch key_pos"], n: int) -> Float32[Tensor, "batch key_pos group"]:
+    """One-hot columns; none for -1."""
+    return (groups[..., None] == torch.arange(n, device=groups.device)).float()
+
+
+@torch.no_grad()
+def _grouped_pattern(
+    query: Float[Tensor, "batch head query_pos width"],
+    key: Float[Tensor, "batch kv_head key_pos width"],
+    mask: Bool[Tensor, "#batch #head query_pos key_pos"] | Float[Tensor, "#batch #head query_pos key_pos"] | None,
+    rows: Int[Tensor, "batch row"],
+    columns: Float32[Tensor, "batch key_pos group"],
+    scaling: float,
+    softcap: float | None,
+) -> Float32[Tensor, "batch head row group"]:
+    """softmax(scores) @ columns for some rows of the pattern, in float32 and in blocks of rows.
+
+    Rows count from the first query; without a mask the query at i sees keys 0..i, or all of them if it is the only one.
+    """
+    batch, heads, queries, _ = query.shape
+    keys = key.float().transpose(-1, -2)
+    blocks = []
+    for block in rows.split(max(1, _BLOCK_ELEMENTS // (batch * heads * key.shape[2])), dim=1):
+        index = block[:, None, :, None]
+        causal = mask is None and queries > 1
+        visible = int(block.max()) + 1 if causal else key.shape[2]
+        chosen = torch.take_along_dim(query, index, dim=2).float() * scaling
+        scores = chosen.reshape(batch, key.shape[1], -1, chosen.shape[-1]) @ keys[..., :visible]
+        scores = scores.view(batch, heads, -1, visible)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if causal:
+            scores.masked_fill_(torch.arange(visible, device=index.device) > index, -math.inf)
+        elif mask is not None:
+            chosen_mask = torch.take_along_dim(mask.expand(batch, -1, -1, -1), index, dim=2)
+            is_bool = mask.dtype == torch.bool
+            scores = scores.masked_fill_(~chosen_mask, -math.inf) if is_bool else scores + chosen_mask.float()
+        blocks.append(scores.softmax(dim=-1) @ columns[:, None, :visible])
+    return torch.cat(blocks, dim=2)
+
+
+class _Steering:
+    def __init__(self, model, keep, steering_alpha, reading, layers, heads, steer_generated):
+        if not 0 < steering_alpha <= 1:
+            raise InputError(f"steering_alpha is {steering_alpha}; it must be in (0, 1], lower for more emphasis")
+        if reading not in ("clean", "paper"):
+            raise InputError(f"reading is {reading!r}; give 'clean' or 'paper'")
+        self.keep = keep
+        self.log_alpha = math.log(steering_alpha)
+        self.compounds = reading == "paper"
+        self.layers = _checked("layer", layers, model.config.num_hidden_layers)
+        self.heads = _checked("head", heads, model.config.num_attention_heads)
+        self.steer_generated = not self.compounds if steer_generated is None else steer_generated
+
+    def steer(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch head query_pos width"],
+        key: Float[Tensor, "batch kv_head key_pos width"],
+        value: Float[Tensor, "batch kv_head key_pos value_width"],
+        scaling: float,
+    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """Two more dimensions, whose product is the bias: causal kernels and grouped queries stay as they are.
+
+        The bias is split in two, so that half precision holds it to twice its digits.
+        """
+        if layer not in self.layers:
+            return query, key, value
+        _check_batch(query, len(self.keep))
+        generated = key.shape[2] - self.keep.shape[1]
+        if generated < 0:
+            raise InputError(f"keep has {self.keep.shape[1]} positions, but the model saw only {key.shape[2]}")
+        keep = F.pad(self.keep.to(key.device), (0, generated), value=not self.steer_generated)
+        log_weight = self.log_alpha * (layer + 1 if self.compounds else 1)
+        bias = torch.where(keep, 0.0, log_weight / scaling)
+        high = bias.to(key.dtype)
+        low = (bias - high).to(key.dtype)
+        bias_dims = torch.stack([high, low], dim=-1)[:, None].expand(-1, key.shape[1], -1, -1)
+        steered = query.new_zeros(*query.shape[:-1], 2)
+        steered[:, self.heads] = 1
+        return torch.cat([query, steered], dim=-1), torch.cat([key, bias_dims], dim=-1), F.pad(value, (0, 2))
+
+
+class _Attention:
+    """The registered function: steer, then record, then compute as the model's own backend does."""
+
+    def __init__(self, model):
+        self.model_type = model.config.model_type
+        backend = model.config._attn_implementation
+        self.backend = "sdpa" if "flash" in backend or "flex" in backend else backend
+        if self.backend not in AttentionMaskInterface():
+            raise InputError(f"attention {backend!r} has no mask function; register one with AttentionMaskInterface")
+        self.own_mask = AttentionMaskInterface()[self.backend]
+        self.steerings: list[_Steering] = []
+        self.recordings: list[Recording] = []
+        self.first_query: int | None = None
+
+    def mask(self, *args: Any, q_offset: Any = 0, kv_offset: Any = 0, **kwargs: Any) -> Tensor | None:
+        if kv_offset:
+            raise InputError(
+                f"{self.model_type}: its sliding window has dropped keys from the cache; use a shorter prompt"
+            )
+        self.first_query = int(q_offset)
+        return self.own_mask(*args, q_offset=q_offset, kv_offset=kv_offset, **kwargs)
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        self._refuse_unknown(kwargs)
+        layer, width = module.layer_idx, value.shape[-1]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        for steering in self.steerings:
+            query, key, value = steering.steer(layer, query, key, value, scaling)
+        for recording in self.recordings:
+            recording.see(layer, query, key, attention_mask, scaling, kwargs.get("softcap"), self.first_query)
+        if self.recordings and all(r.stop_after is not None and r.stop_after <= layer for r in self.recordings):
+            raise _Stop
+        own = self._own_function(module)
+        output, pattern = own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[..., :width], pattern
+
+    def _own_function(self, module):
+        if self.backend == "eager":
+            return sys.modules[type(module).__module__].eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[self.backend]
+
+    def _refuse_unknown(self, kwargs):
+        if self.first_query is None:
+            raise InputError(f"{self.model_type}: give a (batch, pos) attention mask, not a prepared one")
+        for name, what in (("s_aux", "attention sinks"), ("position_bias", "a position bias")):
+            if kwargs.get(name) is not None:
+                raise InputError(f"{self.model_type} has {what}, which cannot be told by role; use another model")
+        if kwargs.get("softcap") is not None and self.steerings:
+            raise InputError(f"{self.model_type} caps its attention scores and cannot be steered; use another model")
+
+
+class _Stop(Exception):
+    """Ends a forward pass early."""
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _registered(model: nn.Module) -> Iterator[_Attention]:
+    """The model with our attention function, the one of the enclosing block where there is one."""
+    model = _unwrapped(model)
+    backend = model.config._attn_implementation
+    enclosing = ALL_ATTENTION_FUNCTIONS.get(backend)
+    if isinstance(enclosing, _Attention):
+        yield enclosing
+        return
+    hook = _Attention(model)
+    name = f"ctxlib_{next(_numbers)}"
+    AttentionInterface.register(name, hook)
+    AttentionMaskInterface.register(name, hook.mask)
+    try:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise InputError(f"{hook.model_type} does not take a registered attention function; use another model")
+        yield hook
+    finally:
+        model.set_attn_implementation(backend)
+        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+
+
+@contextmanager
+def _stoppable(model: nn.Module) -> Iterator[None]:
+    """The model, or its decoder, returns an empty output where a layer stopped the pass."""
+    model = _unwrapped(model)
+    inside = False
+
+    def returning_early(forward, empty):
+        @wraps(forward)
+        def stopped(*args, **kwargs):
+            nonlocal inside
+            if inside:
+                return forward(*args, **kwargs)
+            if kwargs.get("past_key_values") is not None:
+                raise InputError("stop_after leaves nothing to generate from; use it with a plain forward call")
+            inside = True
+            try:
+                return forward(*args, **kwargs)
+            except _Stop:
+                return empty()
+            finally:
+                inside = False
+
+        return stopped
+
+    with ExitStack() as stack:
+        for module, empty in ((model, CausalLMOutputWithPast), (model.get_decoder(), BaseModelOutputWithPast)):
+            had_own, forward = "forward" in vars(module), module.forward
+            module.forward = returning_early(forward, empty)
+            stack.callback(*(setattr, module, "forward", forward) if had_own else (delattr, module, "forward"))
+        yield
+
+
+def _checked(what: str, chosen: Sequence[int] | None, n: int) -> list[int]:
+    """The chosen indices in order, all where none were chosen."""
+    for index in chosen or ():
+        if not 0 <= index < n:
+            raise InputError(f"{what} {index} does not exist here; give 0 to {n - 1}")
+    return list(range(n)) if chosen is None else sorted(set(chosen))
+
+
+def _check_batch(query: Tensor, batch: int) -> None:
+    if query.shape[0] != batch:
+        raise InputError(f"the model was given {query.shape[0]} examples instead of {batch}; do without beams")

@@ -1,0 +1,127 @@
+"""Allocation frames against loops over eager patterns, and against frames small enough to work out by hand."""
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from ctxlib.allocation import (
+    at_heads,
+    attention_allocation,
+    attention_shift,
+    mean_over_heads,
+    renormalise,
+    retrieval_head,
+)
+from ctxlib.params import InputError
+from ctxlib.roles import ROLES, RoleMap
+
+
+def random_maps(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    maps = []
+    for length in lengths:
+        ids = torch.randint(3, 250, (length,), generator=generator)
+        roles = torch.cat([torch.arange(len(ROLES)), torch.randint(1, len(ROLES), (length - 5,), generator=generator)])
+        maps.append(RoleMap(ids=ids, roles=roles, turns=torch.ones(length, dtype=torch.long)))
+    return maps
+
+
+@torch.no_grad()
+def eager_frame(model, maps):
+    """One example at a time, from the eager patterns."""
+    backend = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    rows = []
+    for example, role_map in enumerate(maps):
+        for layer, pattern in enumerate(model(role_map.ids[None], output_attentions=True).attentions):
+            for head in range(pattern.shape[1]):
+                for role, name in enumerate(ROLES):
+                    share = float(pattern[0, head, -1][role_map.roles == role].sum())
+                    rows.append((example, layer, head, name, share))
+    model.set_attn_implementation(backend)
+    return pd.DataFrame(rows, columns=["example", "layer", "head", "role", "attention_allocation"])
+
+
+def frame_of(shares, example=0, layer=0):
+    """shares: head -> role -> share."""
+    rows = [(example, layer, head, role, share) for head, of in shares.items() for role, share in of.items()]
+    return pd.DataFrame(rows, columns=["example", "layer", "head", "role", "attention_allocation"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_frame_matches_eager_patterns_one_by_one(model: PreTrainedModel, batch_size):
+    maps = random_maps([12, 7, 20, 9])
+    found = attention_allocation(model, maps, batch_size=batch_size, pad_token_id=0)
+    pd.testing.assert_frame_equal(found, eager_frame(model, maps), atol=5e-6, rtol=0, check_dtype=False)
+
+
+def test_chosen_layers_are_those_of_the_whole_frame(model: PreTrainedModel):
+    maps = random_maps([12, 7])
+    every = attention_allocation(model, maps, batch_size=2, pad_token_id=0)
+    first = attention_allocation(model, maps, batch_size=2, pad_token_id=0, layers=[0])
+    pd.testing.assert_frame_equal(first, every[every.layer == 0].reset_index(drop=True))
+
+
+def test_steering_moves_the_first_layer_by_the_formula(model: PreTrainedModel):
+    maps = random_maps([12, 7])
+    plain = attention_allocation(model, maps, batch_size=2, pad_token_id=0, layers=[0])
+    steered = attention_allocation(model, maps, batch_size=2, pad_token_id=0, layers=[0], steering_alpha=0.5)
+    weighted = plain.attention_allocation.where(plain.role == "user", 0.5 * plain.attention_allocation)
+    total = weighted.groupby([plain["example"], plain["head"]]).transform("sum")
+    pd.testing.assert_series_equal(steered.attention_allocation, weighted / total, check_names=False, atol=2e-6, rtol=0)
+
+
+def test_paper_reading_steers_the_second_layer_harder(model: PreTrainedModel):
+    options = {"batch_size": 2, "pad_token_id": 0, "steering_alpha": 0.5}
+    clean, paper = (attention_allocation(model, random_maps([12, 7]), reading=r, **options) for r in ("clean", "paper"))
+    user = [frame[frame.role == "user"].groupby("layer").attention_allocation.mean() for frame in (clean, paper)]
+    assert user[1][0] == pytest.approx(user[0][0])
+    assert user[1][1] > user[0][1]
+
+
+def test_renormalised_roles_sum_to_one_without_the_template():
+    frame = frame_of({0: {"bos": 0.2, "system": 0.0, "user": 0.2, "assistant": 0.1, "template": 0.5}})
+    found = renormalise(frame)
+    assert dict(zip(found.role, found.attention_allocation, strict=True)) == pytest.approx(
+        {"bos": 0.4, "system": 0.0, "user": 0.4, "assistant": 0.2}
+    )
+    pd.testing.assert_frame_equal(renormalise(found), found)
+
+
+def test_shift_is_template_minus_plain_after_renormalising():
+    template = frame_of({0: {"bos": 0.2, "user": 0.2, "assistant": 0.1, "template": 0.5}})
+    plain = frame_of({0: {"bos": 0.1, "user": 0.6, "assistant": 0.1, "template": 0.2}})
+    found = attention_shift(template, plain.sample(frac=1, random_state=0)).set_index("role")
+    assert found.attention_shift.to_dict() == pytest.approx({"bos": 0.275, "user": -0.35, "assistant": 0.075})
+    assert found.attention_shift.sum() == pytest.approx(0)
+
+
+def test_shift_of_different_examples_is_refused():
+    shares = {0: {"bos": 0.5, "user": 0.5}}
+    with pytest.raises(InputError, match="differ"):
+        attention_shift(frame_of(shares), frame_of(shares, example=1))
+
+
+def test_retrieval_head_is_the_head_with_most_attention_to_the_user():
+    shares = {0: {"user": 0.3, "bos": 0.7}, 1: {"user": 0.6, "bos": 0.4}, 2: {"user": 0.1, "bos": 0.9}}
+    swapped = {0: shares[1], 1: shares[0], 2: shares[2]}
+    frame = pd.concat([frame_of(shares), frame_of(shares, layer=1), frame_of(swapped, example=1)], ignore_index=True)
+    heads = retrieval_head(frame)
+    assert heads.to_numpy().tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0]]
+    chosen = at_heads(frame, heads)
+    assert len(chosen) == 6
+    assert (chosen[chosen.role == "user"].attention_allocation == 0.6).all()
+
+
+def test_mean_over_heads_keeps_examples_layers_and_roles():
+    frame = frame_of({0: {"user": 0.2, "bos": 0.8}, 1: {"user": 0.6, "bos": 0.4}})
+    found = mean_over_heads(attention_shift(frame, frame))
+    numbers = ["with_template", "without_template", "attention_shift"]
+    assert found.columns.tolist() == ["example", "layer", "role", *numbers]
+    assert found.set_index("role").with_template.to_dict() == pytest.approx({"user": 0.4, "bos": 0.6})
+
+
+def test_nothing_to_measure_is_refused(model: PreTrainedModel):
+    with pytest.raises(InputError, match="at least one example"):
+        attention_allocation(model, [], batch_size=2, pad_token_id=0)

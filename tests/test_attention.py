@@ -1,0 +1,558 @@
+"""The recorder against eager `output_attentions`; the steering against patterns reweighted one by one."""
+
+import copy
+import math
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from jaxtyping import TypeCheckError
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ctxlib.attention import _grouped_pattern, record_allocation, steer_attention, verify_recording
+from ctxlib.params import InputError
+from ctxlib.roles import ROLES
+
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {**TINY, "num_key_value_heads": 2}
+ALPHA = 0.3
+
+
+GEMMA = {**GQA, "head_dim": 8, "attn_logit_softcapping": 2.0, "sliding_window": 4, "query_pre_attn_scalar": 8}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**GQA), "sdpa"),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GQA), "sdpa"),
+    "mistral": (MistralForCausalLM, MistralConfig(**GQA, sliding_window=None), "sdpa"),
+    "mistral-window": (MistralForCausalLM, MistralConfig(**GQA, sliding_window=4), "sdpa"),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**TINY), "sdpa"),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**GEMMA), "eager"),
+    "gpt-oss": (
+        GptOssForCausalLM,
+        GptOssConfig(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        "eager",
+    ),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    kind, config, attention = MODELS[name]
+    return kind._from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+
+
+def llama():
+    return build("llama")
+
+
+def batch(side="right", lengths=(12, 7), seed=1):
+    """Random tokens with random roles, padded on one side: ids, roles, attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids, roles = torch.zeros(len(lengths), longest, dtype=torch.long), torch.full((len(lengths), longest), -1)
+    for i, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[i, where] = torch.randint(3, TINY["vocab_size"], (length,), generator=generator)
+        roles[i, where] = torch.randint(0, len(ROLES), (length,), generator=generator)
+    return ids, roles, (roles >= 0).long()
+
+
+def sum_by_role(pattern, roles):
+    """A loop over roles and keys; pattern: batch head query key."""
+    shares = torch.zeros(*pattern.shape[:3], len(ROLES))
+    for example in range(len(roles)):
+        for position, role in enumerate(roles[example].tolist()):
+            if role >= 0:
+                shares[example, :, :, role] += pattern[example, :, :, position].float()
+    return shares
+
+
+@torch.no_grad()
+def eager_patterns(model, ids, mask):
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    patterns = model(ids, attention_mask=mask, output_attentions=True).attentions
+    model.set_attn_implementation(before)
+    return patterns
+
+
+@torch.no_grad()
+def eager_allocation(model, ids, roles, mask):
+    return torch.stack([sum_by_role(pattern, roles) for pattern in eager_patterns(model, ids, mask)])
+
+
+@torch.no_grad()
+def recorded(model, ids, roles, mask, **options):
+    with record_allocation(model, roles, **options) as recording:
+        model(ids, attention_mask=mask)
+    return recording.allocation
+
+
+def install_reweighting(model, keep, weights_by_layer, heads=None):
+    """From now on the eager pattern is multiplied by a weight a key and divided by its sum, head by head."""
+
+    def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        _, pattern = eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        pattern = pattern.double()
+        alpha = weights_by_layer[module.layer_idx]
+        for example in range(pattern.shape[0]):
+            for head in range(pattern.shape[1]) if heads is None else heads:
+                for position in range(pattern.shape[3]):
+                    if not keep[example, position]:
+                        pattern[example, head, :, position] *= alpha
+        pattern = (pattern / pattern.sum(-1, keepdim=True)).to(query.dtype)
+        values = value.repeat_interleave(module.num_key_value_groups, dim=1)
+        return (pattern @ values).transpose(1, 2).contiguous(), pattern
+
+    AttentionInterface.register("reweighted", attention)
+    AttentionMaskInterface.register("reweighted", eager_mask)
+    model.set_attn_implementation("reweighted")
+
+
+@torch.no_grad()
+def reweighted_logits(model, ids, mask, keep, weights_by_layer, heads=None):
+    install_reweighting(model, keep, weights_by_layer, heads)
+    logits = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("sdpa")
+    return logits
+
+
+@torch.no_grad()
+def logits_of(model, ids, mask, context=None):
+    with context or nullcontext():
+        return model(ids, attention_mask=mask).logits
+
+
+def real(tensor, mask):
+    return tensor[mask.bool()]
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "mistral-window", "gpt-neox", "gemma2"])
+def test_recorder_matches_output_attentions(name, side):
+    model = build(name)
+    ids, roles, mask = batch(side)
+    expected = eager_allocation(model, ids, roles, mask)
+    found = recorded(model, ids, roles, mask, rows="all")
+    assert found.dtype == torch.float32
+    for example in range(len(ids)):
+        kept = mask[example].bool()
+        torch.testing.assert_close(found[:, example][:, :, kept], expected[:, example][:, :, kept], atol=5e-6, rtol=0)
+    last = [int(torch.nonzero(row).max()) for row in mask]
+    only_last = recorded(model, ids, roles, mask)
+    for example, position in enumerate(last):
+        torch.testing.assert_close(only_last[:, example, :, 0], expected[:, example, :, position], atol=5e-6, rtol=0)
+
+
+def test_recorder_matches_output_attentions_without_padding():
+    model = llama()
+    ids, roles, mask = batch(lengths=(9, 9))
+    expected = eager_allocation(model, ids, roles, mask)
+    torch.testing.assert_close(recorded(model, ids, roles, None, rows="all"), expected, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "registered"])
+def test_model_computes_the_same_bits_with_the_recorder(attention):
+    model = llama()
+    AttentionInterface.register("registered", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register("registered", sdpa_mask)
+    model.set_attn_implementation(attention)
+    ids, roles, mask = batch("left")
+    plain = logits_of(model, ids, mask)
+    assert torch.equal(real(plain, mask), real(logits_of(model, ids, mask, record_allocation(model, roles)), mask))
+    assert model.config._attn_implementation == attention
+
+
+def test_rows_of_tokens_sum_to_one_and_rows_of_padding_are_zero():
+    model = llama()
+    ids, roles, mask = batch("left")
+    sums = recorded(model, ids, roles, mask, rows="all").sum(-1)
+    expected = mask.float()[None, :, None, :].expand_as(sums)
+    torch.testing.assert_close(sums, expected, atol=1e-6, rtol=0)
+
+
+def test_recording_is_invariant_to_padding_and_batching():
+    model = llama()
+    right_ids, right_roles, right_mask = batch("right")
+    left_ids, left_roles, left_mask = batch("left")
+    right, left = recorded(model, right_ids, right_roles, right_mask), recorded(model, left_ids, left_roles, left_mask)
+    unmasked = recorded(model, right_ids, right_roles, None)
+    for example, length in enumerate((12, 7)):
+        one = slice(example, example + 1), slice(0, length)
+        alone = recorded(model, right_ids[one], right_roles[one], None)
+        for found in (right, left, unmasked):
+            torch.testing.assert_close(found[:, example], alone[:, 0], atol=5e-6, rtol=0)
+
+
+def test_chosen_rows_are_those_rows_of_all():
+    model = llama()
+    ids, roles, mask = batch("right")
+    every = recorded(model, ids, roles, mask, rows="all")
+    chosen = recorded(model, ids, roles, mask, rows=torch.tensor([[3, 0, 11], [6, 2, -1]]))
+    assert torch.allclose(chosen[:, 0], every[:, 0][:, :, [3, 0, 11]], atol=1e-6)
+    assert torch.allclose(chosen[:, 1, :, :2], every[:, 1][:, :, [6, 2]], atol=1e-6)
+    assert (chosen[:, 1, :, 2] == 0).all()
+
+
+def test_block_size_does_not_matter(monkeypatch):
+    model = llama()
+    ids, roles, mask = batch("left")
+    whole = [recorded(model, ids, roles, m, rows="all") for m in (mask, None)]
+    monkeypatch.setattr("ctxlib.attention._BLOCK_ELEMENTS", 4 * 2 * 12 * 5)
+    for found, m in zip(whole, (mask, None), strict=True):
+        torch.testing.assert_close(recorded(model, ids, roles, m, rows="all"), found, atol=1e-6, rtol=0)
+
+
+def test_chosen_layers_are_those_layers_of_all():
+    model = llama()
+    ids, roles, mask = batch()
+    every = recorded(model, ids, roles, mask)
+    assert torch.equal(recorded(model, ids, roles, mask, layers=[2, 0]), every[[0, 2]])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_stopping_early_records_what_a_full_run_records(name, part):
+    model = build(name)
+    ids, roles, mask = batch()
+    full = recorded(model, ids, roles, mask, rows="all")
+    ran = []
+    for layer in model.get_decoder().layers:
+        layer.mlp.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad(), record_allocation(model, roles, rows="all", stop_after=1) as recording:
+        called = model if part == "model" else model.get_decoder()
+        called(ids, attention_mask=mask)
+    assert torch.equal(recording.allocation, full[:2])
+    assert len(ran) == 1
+    assert "forward" not in vars(model) and "forward" not in vars(model.get_decoder())
+    assert logits_of(model, ids, mask) is not None
+
+
+def test_turns_split_the_roles():
+    model = llama()
+    ids, roles, mask = batch("left")
+    turns = (torch.arange(12) // 5).expand(2, 12)
+    with torch.no_grad(), record_allocation(model, roles, rows="all", turns=turns) as recording:
+        model(ids, attention_mask=mask)
+    torch.testing.assert_close(recording.allocation, recorded(model, ids, roles, mask, rows="all"), atol=1e-6, rtol=0)
+    for turn in range(3):
+        of_turn = roles.where(turns == turn, -1)
+        expected = torch.stack([sum_by_role(pattern, of_turn) for pattern in eager_patterns(model, ids, mask)])
+        expected = expected * mask[None, :, None, :, None]
+        torch.testing.assert_close(recording.by_turn[..., turn, :], expected, atol=5e-6, rtol=0)
+
+
+def test_bfloat16_is_recorded_in_float32():
+    exact, rounded = llama(), llama().to(torch.bfloat16)
+    ids, roles, mask = batch()
+    found = recorded(rounded, ids, roles, mask, rows="all", layers=[0])
+    sums = found.sum(-1)[:, mask.bool()[:, None].expand(2, 4, 12)]
+    torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, recorded(exact, ids, roles, mask, rows="all", layers=[0]), atol=0.05, rtol=0)
+
+
+def test_pattern_of_half_precision_scores_is_exact_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 9, 8, generator=generator).bfloat16() for heads in (4, 2))
+    columns = torch.eye(9)[None]
+    found = _grouped_pattern(query, key, None, torch.arange(9)[None], columns, 0.5, None)
+    scores = query.double() @ key.double().repeat_interleave(2, dim=1).transpose(-1, -2) * 0.5
+    expected = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(-1).float()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_appends_a_row_for_every_decoding_step(side):
+    model = llama()
+    ids, roles, mask = batch(side, lengths=(8, 8) if side == "right" else (8, 5))
+    with record_allocation(model, roles) as recording:
+        written = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=4, eos_token_id=None)
+    roles = torch.cat([roles, torch.full((2, 4), 3)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
+    expected = eager_allocation(model, written[:, :-1], roles[:, :-1], mask[:, :-1])[:, :, :, 7:]
+    torch.testing.assert_close(recording.allocation, expected, atol=5e-6, rtol=0)
+
+
+def test_a_second_pass_replaces_the_first():
+    model = llama()
+    ids, roles, mask = batch()
+    with torch.no_grad(), record_allocation(model, roles) as recording:
+        model(ids.flip(0), attention_mask=mask)
+        model(ids, attention_mask=mask)
+    assert torch.equal(recording.allocation, recorded(model, ids, roles, mask))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_verification_finds_no_difference(name):
+    model = build(name)
+    ids, roles, _ = batch("left")
+    assert verify_recording(model, ids, roles) < 5e-6
+    assert model.config._attn_implementation == ("eager" if name == "gemma2" else "sdpa")
+
+
+def test_four_bit_models_are_recorded(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**{**GQA, "hidden_size": 64, "intermediate_size": 64})).save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, dtype=torch.float32).eval()
+    assert isinstance(model.model.layers[0].self_attn.q_proj, Linear4bit)
+    ids, roles, _ = batch("left")
+    assert verify_recording(model, ids, roles) < 5e-6
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_peft_models_are_recorded_and_steered_like_their_merged_model():
+    torch.manual_seed(3)
+    adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    ids, roles, mask = batch("left")
+    with steer_attention(adapted, roles == 2, ALPHA):
+        found = recorded(adapted, ids, roles, mask, stop_after=2)
+    merged = adapted.merge_and_unload()
+    with steer_attention(merged, roles == 2, ALPHA):
+        expected = recorded(merged, ids, roles, mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+# --- nothing left behind ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_contexts_leave_nothing_behind_after_an_exception(attention):
+    model = llama()
+    model.set_attn_implementation(attention)
+    ids, roles, mask = batch()
+    before = logits_of(model, ids, mask)
+    names = set(AttentionInterface()), set(AttentionMaskInterface())
+    steering, recorder = steer_attention(model, roles == 2, ALPHA), record_allocation(model, roles, stop_after=1)
+    with pytest.raises(ZeroDivisionError), steering, recorder:
+        raise ZeroDivisionError
+    with pytest.raises(InputError, match="positions"), record_allocation(model, roles):
+        model(ids[:, :5])
+    assert model.config._attn_implementation == attention
+    assert (set(AttentionInterface()), set(AttentionMaskInterface())) == names
+    assert "forward" not in vars(model)
+    assert torch.equal(real(logits_of(model, ids, mask), mask), real(before, mask))
+
+
+def test_inner_context_leaves_the_outer_one_in_place():
+    model = llama()
+    ids, roles, mask = batch()
+    steered = logits_of(model, ids, mask, steer_attention(model, roles == 2, ALPHA))
+    with torch.no_grad(), steer_attention(model, roles == 2, ALPHA):
+        with pytest.raises(ZeroDivisionError), record_allocation(model, roles):
+            raise ZeroDivisionError
+        assert torch.equal(real(model(ids, attention_mask=mask).logits, mask), real(steered, mask))
+
+
+# --- steering --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "mistral-window", "gpt-neox"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_steered_pattern_is_reweighted_and_renormalised(name, side):
+    model = build(name)
+    if name == "gpt-neox":
+        for layer in model.get_decoder().layers:
+            layer.attention.num_key_value_groups = 1
+    ids, roles, mask = batch(side)
+    keep = roles == 2
+    expected = reweighted_logits(model, ids, mask, keep, [ALPHA] * 3)
+    found = logits_of(model, ids, mask, steer_attention(model, keep, ALPHA))
+    torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
+    assert (real(found, mask) - real(logits_of(model, ids, mask), mask)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_steering_without_a_mask_stays_causal(attention):
+    model = llama()
+    ids, roles, _ = batch(lengths=(10, 10))
+    expected = reweighted_logits(model, ids, None, roles == 2, [ALPHA] * 3)
+    model.set_attn_implementation(attention)
+    found = logits_of(model, ids, None, steer_attention(model, roles == 2, ALPHA))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_paper_reading_compounds_over_the_layers():
+    model = llama()
+    ids, roles, mask = batch("left")
+    expected = reweighted_logits(model, ids, mask, roles == 2, [0.8, 0.8**2, 0.8**3])
+    found = logits_of(model, ids, mask, steer_attention(model, roles == 2, 0.8, reading="paper"))
+    torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
+
+
+def test_steering_is_restricted_to_layers_and_heads():
+    model = llama()
+    ids, roles, mask = batch("left")
+    expected = reweighted_logits(model, ids, mask, roles == 2, [1.0, ALPHA, 1.0], heads=[0, 3])
+    found = logits_of(model, ids, mask, steer_attention(model, roles == 2, ALPHA, layers=[1], heads=[0, 3]))
+    torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
+
+
+def test_alpha_one_changes_nothing():
+    model = llama()
+    ids, roles, mask = batch("left")
+    for reading in ("clean", "paper"):
+        steered = logits_of(model, ids, mask, steer_attention(model, roles == 2, 1.0, reading=reading))
+        assert torch.equal(real(steered, mask), real(logits_of(model, ids, mask), mask))
+
+
+def test_keeping_every_key_changes_nothing():
+    model = llama()
+    ids, roles, mask = batch("left")
+    steered = logits_of(model, ids, mask, steer_attention(model, roles >= 0, ALPHA))
+    torch.testing.assert_close(real(steered, mask), real(logits_of(model, ids, mask), mask), atol=1e-5, rtol=1e-4)
+
+
+def test_nested_steering_multiplies_the_weights():
+    model = llama()
+    ids, roles, mask = batch("left")
+    once = logits_of(model, ids, mask, steer_attention(model, roles == 2, 0.24))
+    with steer_attention(model, roles == 2, 0.6):
+        twice = logits_of(model, ids, mask, steer_attention(model, roles == 2, 0.4))
+    torch.testing.assert_close(real(twice, mask), real(once, mask), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recorder_outside", [True, False])
+def test_recording_sees_the_steered_attention(recorder_outside):
+    model = llama()
+    ids, roles, mask = batch("left")
+    contexts = [steer_attention(model, roles == 2, ALPHA), record_allocation(model, roles, rows="all")]
+    outer, inner = reversed(contexts) if recorder_outside else contexts
+    with torch.no_grad(), outer as first, inner as second:
+        model(ids, attention_mask=mask)
+    install_reweighting(model, roles == 2, [ALPHA] * 3)
+    patterns = model(ids, attention_mask=mask, output_attentions=True).attentions
+    expected = torch.stack([sum_by_role(pattern, roles) for pattern in patterns]) * mask[None, :, None, :, None]
+    torch.testing.assert_close((first or second).allocation, expected, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("reading", "steer_generated"), [("clean", None), ("clean", False), ("paper", None)])
+def test_steered_generation_is_the_greedy_loop_with_full_recompute(reading, steer_generated):
+    model = llama()
+    ids, roles, mask = batch("left", lengths=(8, 5))
+    keep, weights = roles == 2, [ALPHA] * 3 if reading == "clean" else [ALPHA, ALPHA**2, ALPHA**3]
+    with steer_attention(model, keep, ALPHA, reading=reading, steer_generated=steer_generated):
+        options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+        out = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
+    generated_kept = reading == "paper" or steer_generated is False
+    for step in range(6):
+        logits = reweighted_logits(model, ids, mask, keep, weights)[:, -1]
+        torch.testing.assert_close(out.logits[step], logits, atol=3e-5, rtol=1e-4)
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        keep = torch.nn.functional.pad(keep, (0, 1), value=generated_kept)
+    assert torch.equal(out.sequences, ids)
+
+
+def test_half_precision_holds_the_bias_to_twice_its_digits():
+    model = llama().to(torch.bfloat16)
+    ids, roles, mask = batch()
+    with steer_attention(model, roles == 2, 0.95):
+        found = recorded(model, ids, roles, mask, layers=[0], rows="all")
+    plain = recorded(model, ids, roles, mask, layers=[0], rows="all").double()
+    weighted = plain * torch.tensor([0.95, 0.95, 1, 0.95, 0.95], dtype=torch.float64)
+    expected = (weighted / weighted.sum(-1, keepdim=True)).nan_to_num()
+    torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steering_alpha", [0.0, -0.1, 1.01, math.nan])
+def test_alpha_outside_its_range_is_refused(steering_alpha):
+    keep = torch.ones(1, 3).bool()
+    with pytest.raises(InputError, match="steering_alpha"), steer_attention(llama(), keep, steering_alpha):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": "first"}, "rows"),
+        ({"rows": torch.tensor([[12], [0]])}, "rows"),
+        ({"layers": [3]}, "layer 3"),
+        ({"layers": [2], "stop_after": 1}, "layer 2"),
+        ({"stop_after": 3}, "stop_after 3"),
+        ({"turns": torch.zeros(2, 5, dtype=torch.long)}, "turns"),
+    ],
+)
+def test_bad_recording_options_are_refused(options, message):
+    model = llama()
+    with pytest.raises((InputError, TypeCheckError), match=message), record_allocation(model, batch()[1], **options):
+        pass
+
+
+def test_an_empty_recording_is_refused():
+    model = llama()
+    with record_allocation(model, batch()[1]) as recording:
+        pass
+    with pytest.raises(InputError, match="nothing was recorded"):
+        _ = recording.allocation
+
+
+def test_steering_soft_capped_scores_is_refused():
+    model = build("gemma2")
+    ids, roles, mask = batch()
+    with pytest.raises(InputError, match="gemma2"), steer_attention(model, roles == 2, ALPHA):
+        model(ids, attention_mask=mask)
+
+
+def test_attention_sinks_are_refused():
+    model = build("gpt-oss")
+    ids, roles, mask = batch()
+    with pytest.raises(InputError, match="gpt_oss has attention sinks"), record_allocation(model, roles):
+        model(ids, attention_mask=mask)
+
+
+def test_a_window_that_drops_keys_is_refused():
+    model = build("mistral-window")
+    ids, roles, mask = batch(lengths=(9, 9))
+    with pytest.raises(InputError, match="mistral: its sliding window"), steer_attention(model, roles == 2, ALPHA):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
+
+
+def test_generation_cannot_stop_early():
+    model = llama()
+    ids, roles, mask = batch("left")
+    with pytest.raises(InputError, match="stop_after"), record_allocation(model, roles, stop_after=0):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+
+
+def test_beams_are_refused():
+    model = llama()
+    ids, roles, mask = batch("left")
+    with pytest.raises(InputError, match="beams"), steer_attention(model, roles == 2, ALPHA):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, num_beams=2, do_sample=False)
