@@ -1,0 +1,267 @@
+"""The only `from_pretrained` of the project: tokenizers, models, 4-bit weights, adapters and the indicator's token."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import bitsandbytes
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctxlib.params import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def load_tokenizer(
+    path: str | Path, *, chat_template: str | Path | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of a local folder or of a hub id, with `chat_template` (a .jinja file or the template itself) if given.
+
+    A tokenizer without a padding token pads with `unk`, else with `eos`: the vocabulary keeps its size, and padding is
+    told from text by the attention mask alone.
+
+    Raises InputError for a missing folder, a folder without a tokenizer, an unreadable or faulty template.
+    """
+    if is_local(path):
+        folder = _folder(path)
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise InputError(f"{path}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_source(path), revision=revision, local_files_only=is_local(path))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{path}: tokenizer not loadable: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"{path}: the tokenizer has no pad, unk or eos token; give it one")
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+        require_chat_template(tokenizer)
+    return tokenizer
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError unless the tokenizer has a chat template that renders a question and its answer."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; name a .jinja file as models.chat_template"
+        )
+    turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        tokenizer.apply_chat_template(turn, tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"{tokenizer.name_or_path}: the chat template is faulty: {_first_line(error)}") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    quantisation: str | None = None,
+    attention: str = "sdpa",
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Causal language model in eval mode, from a local folder or a hub id; safetensors only, never remote code.
+
+    Parameters
+    ----------
+    path: model folder or hub id; the folder of an adapter stands for its base model together with the adapter.
+    quantisation: "nf4" for 4-bit NormalFloat weights with double quantisation (Dettmers et al. 2023), or None.
+    adapter: folder of a peft adapter. Where its tokenizer knows more tokens than the base has embeddings (the
+        indicator's), the new rows are the mean of the old ones before the adapter is laid over them.
+    device: default "cuda" where there is one, else "cpu".
+
+    Raises InputError for a missing folder, one without config.json or without safetensors, an unknown dtype or
+    quantisation, an unreadable file.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
+    if quantisation not in (None, "nf4"):
+        raise InputError(f"quantisation '{quantisation}': expected 'nf4' or null")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if adapter is None and is_adapter(path):
+        path, adapter = adapter_base(path), path
+    _check_model_files(path)
+    if adapter is not None and is_local(adapter) and not is_adapter(adapter):
+        raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
+    config = None
+    if quantisation == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            _source(path),
+            dtype=DTYPES[dtype],
+            quantization_config=config,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            revision=revision,
+            local_files_only=is_local(path),
+            device_map={"": device},
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"{path}: model not loadable: {_first_line(error)}") from error
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # An eval-mode forward on AVX512-BF16 processors repacks the weights and gradients are wrong ever after.
+            module.support_avx512bf16_for_cpu = False
+    if adapter is not None:
+        _resize_with_mean(model, len(load_tokenizer(adapter)))
+        try:
+            model = PeftModel.from_pretrained(model, _source(adapter))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{adapter}: adapter not loadable onto {path}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def add_indicator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indicator: str = "[IND]") -> int:
+    """Makes `indicator` one token, in place, and returns its id; its rows are the mean of the embeddings.
+
+    The mean is over the rows of the tokenizer's own tokens, in the input and in the output embedding (paper: "an
+    additional special token"; the mean as in the official script). No random number is drawn.
+
+    Raises InputError if the text is a token already.
+    """
+    n_tokens = len(tokenizer)
+    indicator_id = add_indicator_token(tokenizer, indicator)
+    set_indicator_row(model, indicator_id, n_tokens)
+    return indicator_id
+
+
+def add_indicator_token(tokenizer: PreTrainedTokenizerBase, indicator: str) -> int:
+    """The tokenizer's half of `add_indicator`."""
+    if not indicator.strip():
+        raise InputError("indicator: expected a text such as '[IND]', got an empty one")
+    if indicator in tokenizer.get_vocab():
+        where = "was added already" if indicator in tokenizer.get_added_vocab() else "is in the vocabulary"
+        raise InputError(
+            f"{tokenizer.name_or_path}: '{indicator}' {where} as token {tokenizer.convert_tokens_to_ids(indicator)}; "
+            "take the base model's own tokenizer, or another indicator"
+        )
+    tokenizer.add_tokens([AddedToken(indicator, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(indicator)
+
+
+def set_indicator_row(model: PreTrainedModel, indicator_id: int, n_tokens: int) -> None:
+    """The model's half of `add_indicator`: the indicator's rows become the mean of the first `n_tokens` rows."""
+    _resize_with_mean(model, indicator_id + 1)
+    with torch.no_grad():
+        for embedding in _embeddings(model):
+            embedding.weight[indicator_id] = embedding.weight[:n_tokens].float().mean(0).to(embedding.weight.dtype)
+
+
+def _resize_with_mean(model: PreTrainedModel, n_tokens: int) -> None:
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    if n_tokens <= n_rows:
+        return
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for embedding in _embeddings(model):
+            embedding.weight[n_rows:] = embedding.weight[:n_rows].float().mean(0).to(embedding.weight.dtype)
+
+
+def _embeddings(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Input and output embedding; once where they are tied."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    return [inputs] if outputs is None or outputs.weight is inputs.weight else [inputs, outputs]
+
+
+def model_hash(path: str | Path, *, revision: str | None = None) -> str:
+    """12 hex digits that name a model by its contents, wherever it lies: sha256 over names and bytes of its files.
+
+    An adapter's hash covers its base model. A hub id is named by itself and its revision.
+    Raises InputError for a missing folder.
+    """
+    digest = hashlib.sha256()
+    if not is_local(path):
+        digest.update(f"{path}@{revision or 'main'}".encode())
+        return digest.hexdigest()[:12]
+    for file in sorted(_folder(path).iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name == "README.md":
+            continue
+        digest.update(f"{file.name}\0".encode())
+        if file.name == "adapter_config.json":
+            config = json.loads(file.read_text(encoding="utf-8"))
+            base = config.pop("base_model_name_or_path")
+            digest.update(json.dumps(config, sort_keys=True).encode())
+            digest.update(model_hash(base, revision=config.get("revision")).encode())
+        else:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def is_local(path: str | Path) -> bool:
+    """True for what lies, or looks as if it should lie, on this machine; False for a hub id (`owner/name`)."""
+    text = str(path)
+    local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    return local or Path(text).exists()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """True for a local folder that holds a peft adapter."""
+    return is_local(path) and (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def adapter_base(path: str | Path) -> str:
+    """Name or folder of the model that an adapter was trained on."""
+    file = Path(path).expanduser() / "adapter_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{file}: not the configuration of an adapter: {_first_line(error)}") from error
+
+
+def _check_model_files(path: str | Path) -> None:
+    if not is_local(path):
+        return
+    folder = _folder(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{path}: not a model folder (config.json is missing)")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
+        found = f"only {', '.join(pickled)}, which can run code" if pickled else "no weights"
+        raise InputError(f"{path}: no *.safetensors there, {found}; save it again with save_pretrained")
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{path}: no such folder; give a model's folder, or a hub id such as 'owner/name'")
+    return folder
+
+
+def _source(path: str | Path) -> str:
+    return str(Path(path).expanduser()) if is_local(path) else str(path)
+
+
+def _template_text(template: str | Path) -> str:
+    if isinstance(template, str) and ("{{" in template or "{%" in template):
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{template}: chat template not readable: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
