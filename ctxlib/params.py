@@ -76,6 +76,7 @@ class Allocation(Section):
 
 class Steering(Section):
     alphas: Annotated[list[Annotated[Positive, Field(le=1)]], Field(min_length=1)]
+    per_task: Count
     reading: Reading
 
 
@@ -115,6 +116,7 @@ class Needle(Section):
     needle: str | None
     question: str | None
     keywords: list[str] | None
+    response_prefix: str | None
     lengths: Annotated[list[Count], Field(min_length=1)]
     depths: Annotated[list[Annotated[Number, Field(ge=0, le=100)]], Field(min_length=1)]
     per_cell: Count
@@ -266,7 +268,7 @@ def _is_section(name: str) -> bool:
 
 def _dotted(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        section = _is_section(str(key)) or str(key) not in Params.model_fields
+        section = _is_section(str(key)) or str(key) not in known_keys()
         if isinstance(value, Mapping) and section:
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         else:

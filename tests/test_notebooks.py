@@ -1,0 +1,111 @@
+"""The stored notebooks keep the house's rules, and all of them run on `params/smoke.yaml`."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARAMETERS = 'params_file = "params/miniature.yaml"\noverrides = {}'
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def test_the_snakefile_names_every_notebook():
+    named = re.findall(r'"(\d\d_\w+)":', (ROOT / "Snakefile").read_text())
+    assert named == [path.stem for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_it_opens_with_its_question_and_its_parameters(path):
+    first, second = nbformat.read(path, 4).cells[:2]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert second.metadata.tags == ["parameters"]
+    assert second.source == PARAMETERS
+
+
+@each_notebook
+def test_its_cells_are_short_and_plain(path):
+    for cell in code_cells(path):
+        assert len(cell.source.splitlines()) <= 25, cell.source
+        assert not re.search(r"^\s*[!%]|sys\.path", cell.source, re.MULTILINE), cell.source
+        assert not any(isinstance(node, ast.Try) for node in ast.walk(ast.parse(cell.source))), cell.source
+
+
+@each_notebook
+def test_it_is_stored_without_outputs_and_runs_in_plain_papermill(path):
+    for cell in code_cells(path):
+        assert not cell.outputs and cell.execution_count is None
+    metadata = nbformat.read(path, 4).metadata
+    assert metadata.kernelspec.name == "python3"
+    assert metadata.kernelspec.language == "python"
+
+
+@pytest.fixture(scope="module")
+def reproduce(tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("outputs")
+
+    def call() -> Path:
+        arguments = ["reproduce", "--params", "params/smoke.yaml", "--set", f"outputs={outputs}"]
+        command = [sys.executable, "-m", "ctxlib.cli", *arguments]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        assert finished.returncode == 0, finished.stderr
+        return outputs / "smoke"
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def smoke(reproduce) -> Path:
+    return reproduce()
+
+
+@pytest.mark.notebooks
+def test_every_code_cell_ran(smoke):
+    for path in NOTEBOOKS:
+        for cell in code_cells(smoke / path.name):
+            assert cell.execution_count is not None
+            assert cell.metadata.papermill.status == "completed"
+            assert not [output for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.mark.notebooks
+def test_every_notebook_writes_tables_and_figures_with_their_provenance(smoke):
+    manifest = json.loads((smoke / "manifest.json").read_text())
+    assert sorted(manifest["notebooks"]) == [path.stem for path in NOTEBOOKS]
+    for name, entry in manifest["notebooks"].items():
+        suffixes = [Path(path).suffix for path in entry["outputs"]]
+        assert suffixes.count(".png") == suffixes.count(".svg") > 0, name
+        assert suffixes.count(".csv") >= suffixes.count(".md") > 0, name
+        for path, digest in entry["outputs"].items():
+            if (ROOT / path).is_file():
+                assert hashlib.sha256((ROOT / path).read_bytes()).hexdigest() == digest, path
+    for table in smoke.glob("tables/*.md"):
+        assert f"params {manifest['params_digest']}" in table.read_text().splitlines()[-1]
+
+
+@pytest.mark.notebooks
+def test_the_claims_have_a_row_each(smoke):
+    claims = pd.read_csv(smoke / "tables" / "claims.csv")
+    assert list(claims.columns) == ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
+    assert {claim[0] for claim in claims["claim"]} >= set("123456")
+    assert (claims["ci_low"] <= claims["ci_high"]).all()
+
+
+@pytest.mark.notebooks
+def test_a_second_call_does_nothing(smoke, reproduce):
+    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
+    reproduce()
+    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()} == before

@@ -1,0 +1,132 @@
+import hashlib
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from ctxlib.params import InputError, Params, load_params
+from ctxlib.results import code_version, file_digest, open_results, write
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def params(tmp_path) -> Params:
+    return load_params(ROOT / "params" / "smoke.yaml", {"outputs": str(tmp_path / "outputs")})
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def draw(name: str, results) -> None:
+    figure, axes = plt.subplots(layout="constrained")
+    axes.plot([1, 2, 4])
+    results.figure(figure, name, "A line")
+    assert not figure.texts
+    plt.close(figure)
+
+
+def test_a_table_comes_back_as_it_was(params):
+    results = open_results(params, "01_test")
+    frame = pd.DataFrame({"n": [1, 2], "value": [0.25, None], "text": ["a|b", "NA"], "holds": [True, False]})
+    results.table(frame, "numbers", "Some numbers")
+    pd.testing.assert_frame_equal(open_results(params, "02_test").read_table("numbers"), frame, check_dtype=False)
+
+
+def test_csv_is_pure_and_markdown_tells_where_it_is_from(params):
+    results = open_results(params, "01_test")
+    results.table(pd.DataFrame({"value": [1 / 3], "text": ["<|user|>\nhi"]}), "t", "One third")
+    tables = params.output_dir / "tables"
+    assert (tables / "t.csv").read_text() == 'value,text\n0.333333,"<|user|>\nhi"\n'
+    markdown = (tables / "t.md").read_text()
+    assert markdown.startswith("# One third\n\n|")
+    assert "0.3333 | <\\|user\\|> hi |" in markdown
+    footer = markdown.splitlines()[-1]
+    for fact in ("experiment smoke", f"params {params.digest}", f"code {code_version('01_test')}", "seed 0"):
+        assert fact in footer
+
+
+def test_two_runs_write_identical_bytes(tmp_path):
+    digests = []
+    for run in ("a", "b"):
+        params = load_params(ROOT / "params" / "smoke.yaml", {"outputs": str(tmp_path / run)})
+        results = open_results(params, "01_test")
+        results.table(pd.DataFrame({"value": [0.1 + 0.2]}), "t", "A sum")
+        draw("line", results)
+        digests.append([sha256(path) for path in sorted(params.output_dir.glob("*/*.*"))])
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 4
+
+
+def test_figures_carry_their_provenance(params):
+    results = open_results(params, "01_test")
+    with plt.rc_context({"svg.fonttype": "none"}):
+        draw("line", results)
+    svg = (params.output_dir / "figures" / "line.svg").read_text()
+    assert results.provenance in svg
+    assert "A line" in svg
+    assert "<dc:date>" not in svg
+
+
+def test_the_journal_holds_every_file_with_its_hash(params):
+    results = open_results(params, "01_test")
+    results.table(pd.DataFrame({"a": [1]}), "t", "T")
+    draw("line", results)
+    results.read_table("t")
+    journal = json.loads((results.work / "journal" / "01_test.json").read_text())
+    written = [
+        params.output_dir / name for name in ("tables/t.csv", "tables/t.md", "figures/line.png", "figures/line.svg")
+    ]
+    assert journal["outputs"] == {path.as_posix(): sha256(path) for path in written}
+    assert journal["inputs"] == {written[0].as_posix(): sha256(written[0])}
+
+
+def test_claims_of_all_notebooks_stand_in_the_order_of_their_numbers(params):
+    interval = {"ci_low": 0.4, "ci_high": 0.6, "threshold": 0.2, "n": 100}
+    late, early = open_results(params, "04_late"), open_results(params, "01_early")
+    late.claim("10 the last", value=0.5, holds=True, **interval)
+    late.claim("5 the middle", value=0.5, holds=False, **interval)
+    early.claim("1 the first", value=0.1, holds=True, **interval)
+    early.claim("1 the first", value=0.7, holds=True, **interval)
+    claims = early.read_table("claims")
+    assert list(claims.columns) == ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
+    assert list(claims["claim"]) == ["1 the first", "5 the middle", "10 the last"]
+    assert list(claims["value"]) == [0.7, 0.5, 0.5]
+    assert list(claims["holds"]) == [True, False, True]
+    rerun = open_results(params, "04_late")
+    rerun.claim("9 the last, renamed", value=0.5, holds=True, **interval)
+    assert list(rerun.read_table("claims")["claim"]) == ["1 the first", "9 the last, renamed"]
+
+
+def test_a_table_that_is_not_there_says_what_to_run(params):
+    with pytest.raises(InputError, match=r"tables/scores\.csv: no such table; first run"):
+        open_results(params, "01_test").read_table("scores")
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.csv", "old")
+
+    def full_disk(beside: Path, content: bytes) -> None:
+        beside.touch()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write(path, "new")
+    assert [inner.name for inner in tmp_path.iterdir()] == ["t.csv"]
+    assert path.read_text() == "old"
+
+
+def test_a_folder_digest_sees_names_and_contents(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    first = file_digest(tmp_path)
+    (tmp_path / "a" / "x").write_text("2")
+    second = file_digest(tmp_path)
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    assert len({first, second, file_digest(tmp_path)}) == 3
+    with pytest.raises(InputError, match="no such file or folder"):
+        file_digest(tmp_path / "nothing")

@@ -1,0 +1,168 @@
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from ctxlib import cli
+from ctxlib.params import InputError
+from ctxlib.run import NotebookError, run_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = ROOT / "params" / "smoke.yaml"
+OPEN = """
+from ctxlib.params import load_params
+from ctxlib.results import open_results
+params = load_params(params_file, overrides)
+results = open_results(params, "01_test")
+"""
+
+
+def write_notebook(path: Path, *code: str, tags: tuple[str, ...] = ("parameters",)) -> Path:
+    parameters = new_code_cell('params_file = "params/miniature.yaml"\noverrides = {}', metadata={"tags": list(tags)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# Test"), parameters, *map(new_code_cell, code)]), path)
+    return path
+
+
+def run(tmp_path: Path, *code: str) -> Path:
+    notebook = write_notebook(tmp_path / "01_test.ipynb", *code)
+    return run_notebook(notebook, SMOKE, overrides={"outputs": str(tmp_path / "outputs"), "seed": 5})
+
+
+def test_a_run_writes_notebook_manifest_and_receipt(tmp_path):
+    table = 'import pandas as pd\nresults.table(pd.DataFrame({"seed": [params.seed]}), "t", "T")'
+    executed = run(tmp_path, OPEN, table, "block = bytearray(400 * 2**20)\nfor i in range(9): print(i)")
+    folder = tmp_path / "outputs" / "smoke"
+    assert executed == folder / "01_test.ipynb"
+    assert len(nbformat.read(executed, 4).cells[-1].outputs) == 1
+    assert (folder / "tables" / "t.csv").read_text() == "seed\n5\n"
+    assert (folder / "work" / "receipts" / "01_test.json").exists()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["notebooks"]["01_test"]
+    assert manifest["params"]["seed"] == entry["seed"] == 5
+    assert {"tables/t.csv", "tables/t.md", "01_test.ipynb"} == {
+        Path(path).relative_to(folder).as_posix() for path in entry["outputs"]
+    }
+    for path, digest in (entry["inputs"] | entry["outputs"]).items():
+        assert hashlib.sha256((ROOT / path).read_bytes()).hexdigest() == digest
+    assert entry["peak_memory_mib"] > 400
+    assert entry["wall_seconds"] > 0
+    assert {"python", "torch", "transformers"} <= entry["versions"].keys()
+    assert {"cpu", "cores", "memory_gib"} <= entry["hardware"].keys()
+
+
+def test_a_failed_cell_keeps_its_traceback_and_the_old_success(tmp_path):
+    executed = run(tmp_path, "1 + 1")
+    before = executed.read_bytes()
+    with pytest.raises(NotebookError, match=r"ZeroDivisionError: division by zero; see .*01_test\.failed\.ipynb"):
+        run(tmp_path, "1 / 0", "2")
+    folder = executed.parent
+    assert executed.read_bytes() == before
+    assert "ZeroDivisionError" in (folder / "01_test.failed.ipynb").read_text()
+    assert not (folder / "work" / "receipts" / "01_test.json").exists()
+    run(tmp_path, "1 + 2")
+    assert not (folder / "01_test.failed.ipynb").exists()
+    assert sorted(path.name for path in folder.glob("*")) == ["01_test.ipynb", "manifest.json", "work"]
+
+
+def test_a_cell_that_exits_with_zero_is_a_failure(tmp_path):
+    with pytest.raises(NotebookError, match="SystemExit: not every cell has completed"):
+        run(tmp_path, "raise SystemExit(0)", "2")
+    assert [path.name for path in (tmp_path / "outputs" / "smoke").glob("*.ipynb")] == ["01_test.failed.ipynb"]
+
+
+def test_bad_input_in_a_cell_is_its_one_line_and_leaves_nothing_behind(tmp_path):
+    with pytest.raises(InputError, match=r"^\S+tables/scores\.csv: no such table; first run the notebook .*$"):
+        run(tmp_path, OPEN, 'results.read_table("scores")')
+    assert [path.name for path in tmp_path.iterdir()] == ["01_test.ipynb"]
+
+
+def test_bad_input_is_found_before_anything_runs(tmp_path):
+    untagged = write_notebook(tmp_path / "untagged.ipynb", "1", tags=())
+    (tmp_path / "broken.ipynb").write_text("{")
+    tagged = write_notebook(tmp_path / "tagged.ipynb", "1")
+    outputs = {"outputs": str(tmp_path / "outputs")}
+    for notebook, params_file, overrides, message in [
+        (untagged, SMOKE, {}, "no cell is tagged 'parameters'"),
+        (tmp_path / "broken.ipynb", SMOKE, {}, "not a notebook"),
+        (tmp_path / "absent.ipynb", SMOKE, {}, "no such notebook; there are: broken.ipynb, tagged.ipynb"),
+        (tagged, tmp_path / "absent.yaml", {}, "no such params file"),
+        (tagged, SMOKE, {"sead": 1}, "did you mean 'seed'"),
+        (tagged, SMOKE, {"models.instruct": "./absent"}, "models.instruct: no file or folder './absent'"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            run_notebook(notebook, params_file, overrides=outputs | overrides)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "notebooks/absent.ipynb", "--params", str(SMOKE)],
+        ["run", "notebooks/absent.ipynb", "--params", str(SMOKE), "--set", "seed"],
+        ["reproduce", "--params", "params/absent.yaml"],
+        ["reproduce", "--params", str(SMOKE), "--set", "needle.per_cel=2"],
+    ],
+)
+def test_the_command_says_bad_input_in_one_line_and_exits_with_2(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ctxlib", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+
+
+STUB = """
+import sys, pathlib
+folder = pathlib.Path("outputs/smoke/work/receipts")
+folder.mkdir(parents=True, exist_ok=True)
+notebook = pathlib.Path(sys.argv[2])
+(folder / f"{notebook.stem}.json").write_text(notebook.read_text())
+"""
+
+
+def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
+    """The real Snakefile, in a small copy of the repository whose runner only writes the receipt."""
+    (tmp_path / "ctxlib").mkdir()
+    (tmp_path / "params").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    shutil.copy(SMOKE, tmp_path / "params")
+    for name in ("__init__", "params", "results"):
+        shutil.copy(ROOT / "ctxlib" / f"{name}.py", tmp_path / "ctxlib")
+    (tmp_path / "ctxlib" / "cli.py").write_text(STUB)
+    names = re.findall(r'"(\d\d_\w+)":', (ROOT / "Snakefile").read_text())
+    for name in names:
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(name)
+
+    def snakemake(*arguments: str) -> set[str]:
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments, "--config", "experiment=smoke"]
+        finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        return set(re.findall(r"output: outputs/smoke/work/receipts/(\w+)\.json", finished.stdout + finished.stderr))
+
+    assert snakemake() == set(names)
+    for path in [*tmp_path.glob("notebooks/*"), *tmp_path.glob("params/*"), *tmp_path.glob("ctxlib/*")]:
+        path.touch()
+    assert snakemake("-n") == set()
+    edits = {
+        "notebooks/01_attention_shift.ipynb": {"01_attention_shift"},
+        "notebooks/03_indicator_sft.ipynb": {"03_indicator_sft", "04_evaluation"},
+        "params/smoke.yaml": set(names),
+        "ctxlib/results.py": set(names),
+    }
+    for edited, expected in edits.items():
+        path = tmp_path / edited
+        before = path.read_text()
+        path.write_text(before + "\n# edited\n")
+        assert snakemake("-n") == expected, edited
+        path.write_text(before)
