@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import bitsandbytes
+import pandas as pd
 import torch
+from jaxtyping import Float
 from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AddedToken,
     AutoModelForCausalLM,
@@ -179,6 +182,36 @@ def _resize_with_mean(model: PreTrainedModel, n_tokens: int) -> None:
             embedding.weight[n_rows:] = embedding.weight[:n_rows].float().mean(0).to(embedding.weight.dtype)
 
 
+def embedding_changes(
+    before: torch.nn.Module, after: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> pd.DataFrame:
+    """What fine-tuning did to the embeddings: embedding ("input", "output"), rows, changed, tokens, distance, typical.
+
+    changed: number of rows that differ between the two models. tokens: the tokens of the first five of them.
+    distance: the largest Euclidean distance between a row before and after. typical: the median distance of a row
+    from the mean of all rows before. Rows are what the models compute with, so those of an adapter are seen.
+    """
+    counts = []
+    for name in ("input", "output"):
+        old, new = (_rows(model, name) for model in (before, after))
+        moved = (new - old).norm(dim=1)
+        changed = moved.nonzero().flatten().tolist()
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(changed[:5])) + (", …" if len(changed) > 5 else "")
+        typical = (old - old.mean(0)).norm(dim=1).median()
+        counts.append((name, len(old), len(changed), tokens, moved.max().item(), typical.item()))
+    return pd.DataFrame(counts, columns=["embedding", "rows", "changed", "tokens", "distance", "typical"])
+
+
+@torch.no_grad()
+def _rows(model: torch.nn.Module, which: str) -> Float[Tensor, "token width"]:
+    """The rows of an embedding as its layer computes with them, adapters included."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    n_tokens, width = inputs.weight.shape
+    if which == "input":
+        return inputs(torch.arange(n_tokens, device=model.device)).float()
+    return outputs(torch.eye(width, dtype=model.dtype, device=model.device)).float().T
+
+
 def _embeddings(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Input and output embedding; once where they are tied."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
@@ -251,7 +284,8 @@ def _folder(path: str | Path) -> Path:
 
 
 def _source(path: str | Path) -> str:
-    return str(Path(path).expanduser()) if is_local(path) else str(path)
+    """Absolute where local: it is what an adapter remembers as its base, wherever it is loaded from."""
+    return str(Path(path).expanduser().resolve()) if is_local(path) else str(path)
 
 
 def _template_text(template: str | Path) -> str:
