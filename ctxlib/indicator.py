@@ -84,6 +84,30 @@ def mark_random(corpus: Corpus, n: int, seed: int) -> Corpus:
     return _rewrite_turns(corpus, lambda c, turn, user, a: (replace(user, indicated=(c.id, turn) in drawn), a))
 
 
+def marks(corpus: Corpus) -> pd.DataFrame:
+    """One row an answered turn: conversation, turn, kind, depends_on_context, score, indicated.
+
+    kind and depends_on_context (the truth: "True" or "False") are "unknown" where the data do not tell.
+    """
+    rows = []
+    for conversation in corpus.conversations:
+        for turn, user, answer in answered_turns(conversation):
+            asked, said = conversation.messages[user], conversation.messages[answer]
+            truth = "unknown" if said.depends_on_context is None else str(said.depends_on_context)
+            rows.append((conversation.id, turn, said.kind or "unknown", truth, said.score, asked.indicated))
+    return pd.DataFrame(rows, columns=["conversation", "turn", "kind", "depends_on_context", "score", "indicated"])
+
+
+def marked_example(corpus: Corpus) -> Conversation:
+    """The shortest conversation with marked and unmarked turns; where there is none, with marked; else of all."""
+
+    def order(conversation: Conversation) -> tuple[bool, bool, int]:
+        marked = [message.indicated for message in conversation.messages if message.role == "user"]
+        return not any(marked), all(marked), sum(len(message.content) for message in conversation.messages)
+
+    return min(corpus.conversations, key=order)
+
+
 def fractions_over(scores: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
     """Fraction of turns whose score is over each threshold (strictly), by layer, with its 95 % Wilson interval.
 

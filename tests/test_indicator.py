@@ -4,11 +4,20 @@ import copy
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlib.conversations import Conversation, Corpus, Message
-from ctxlib.indicator import NOT_SCORED, fractions_over, mark, mark_oracle, mark_random, threshold_for_fraction
+from ctxlib.indicator import (
+    NOT_SCORED,
+    fractions_over,
+    mark,
+    mark_oracle,
+    mark_random,
+    marked_example,
+    marks,
+    threshold_for_fraction,
+)
 from ctxlib.params import InputError
 from ctxlib.roles import Role, role_map
 
@@ -56,6 +65,21 @@ def test_marking_again_replaces_the_marks(corpus):
     assert again == mark(corpus, SCORES, 0.7, layer=2) or users(again) == users(mark(corpus, SCORES, 0.7, layer=2))
 
 
+def test_marks_have_a_row_an_answered_turn_with_score_and_truth(corpus):
+    frame = marks(mark(corpus, SCORES, 0.6, layer=2))
+    assert list(zip(frame.conversation, frame.turn, strict=True)) == [("p", 1), ("p", 2), ("q", 1), ("r", 1)]
+    assert list(frame.indicated) == [False, True, True, False]
+    assert list(frame.score) == [0.6, 0.61, 0.9, 0.1]
+    assert list(frame.depends_on_context) == ["True", "False", "True", "False"]
+    assert set(frame.kind) == {"unknown"}
+
+
+def test_the_example_shows_marked_and_unmarked_turns_if_there_are_such(corpus):
+    assert marked_example(mark(corpus, SCORES, 0.6, layer=2)).id == "p"
+    assert marked_example(mark(corpus, SCORES, 0.7, layer=2)).id == "q"
+    assert marked_example(mark(corpus, SCORES, 1.0, layer=2)).id == "r"  # none is marked: the shortest
+
+
 def test_paper_reading_ends_every_scored_turn_with_a_full_stop(corpus):
     marked = mark(corpus, SCORES[SCORES.conversation != "q"], 0.6, layer=2, reading="paper")
     assert users(marked) == [("one.", False), ("two?", True), ("three", False), ("and?", False), ("[IND]", False)]
@@ -86,6 +110,7 @@ def test_oracle_marks_what_depends_on_its_context(corpus):
         mark_oracle(unknown)
 
 
+@settings(max_examples=50, deadline=None)
 @given(n=st.integers(0, 4), seed=st.integers(0, 2**16))
 def test_random_marks_exactly_n_answered_turns_reproducibly(n, seed):
     plain = Corpus(
@@ -120,6 +145,7 @@ def test_fractions_are_counted_layer_by_layer():
     assert table.fraction.to_dict() == {2: 0.5, 3: 1.0} and table.n.to_dict() == {2: 4, 3: 1}
 
 
+@settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30, unique=True), fraction=st.floats(0, 1))
 def test_threshold_for_fraction_selects_that_fraction(values, fraction):
     scores = scores_of(*[(f"c{i}", 1, value) for i, value in enumerate(values)])
@@ -130,10 +156,10 @@ def test_threshold_for_fraction_selects_that_fraction(values, fraction):
 def test_bad_scores_are_named(corpus):
     with pytest.raises(InputError, match=r"none for layer 7; there are layers \[2\]"):
         mark(corpus, SCORES, 0.6, layer=7)
-    with pytest.raises(InputError, match="more than one score"):
+    with pytest.raises(InputError, match="more than one at layer 2"):
         mark(corpus, pd.concat([SCORES, SCORES]), 0.6, layer=2)
     with pytest.raises(InputError, match="other data"):
-        mark(corpus, SCORES.assign(conversation="elsewhere"), 0.6, layer=2)
+        mark(corpus, SCORES.assign(conversation="x" + SCORES.conversation), 0.6, layer=2)
     with pytest.raises(InputError, match="'r', turn 1: the score is not a number"):
         mark(corpus, SCORES.replace({"score": {0.1: float("nan")}}), 0.6, layer=2)
     with pytest.raises(InputError, match="the frame is empty"):

@@ -11,7 +11,7 @@ from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, layer_agreement, length_buckets, reduce_heads, score_corpus
+from ctxlib.scoring import answered_turns, layer_agreement, length_buckets, reduce_heads, score_corpus, turn_truth
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,29 @@ def test_an_answer_that_does_not_fit_is_counted_and_never_cut(model, tokenizer):
     assert set(frame.conversation) == {"long"} and frame.attrs["skipped"] == {"the answer ends beyond 256 tokens": 1}
 
 
+def test_conversations_that_cannot_be_scored_are_counted_by_reason(model, tokenizer, tmp_path):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    mixed = corpus_of(
+        conversation("unanswered", "hello?"),
+        conversation("forbidden", "a", "b", "c", "d", system="s"),
+        conversation("fine", "e", "f"),
+    )
+    settings = {"layers": [0], "conversations_per_part": 1, "shard_dir": tmp_path, "progress": False}
+    for _ in range(2):  # the second time from the parts
+        frame = score_corpus(model, strict, mixed, **settings)
+        ((reason, n),) = frame.attrs["skipped"].items()
+        assert frame.conversation.tolist() == ["fine"] and "no system" in reason and n == 2
+
+
+def test_progress_tells_tokens_a_second(model, tokenizer, corpus, capsys):
+    score_corpus(model, tokenizer, corpus, layers=[0])
+    bar = capsys.readouterr().err
+    assert "5/5" in bar and "tokens/s" in bar
+
+
 def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, corpus, tmp_path, monkeypatch):
     settings = {"layers": [0, 2], "conversations_per_part": 1, "progress": False}
     whole = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "whole", **settings)
@@ -251,6 +274,16 @@ def test_buckets_keep_the_token_budget_and_lose_nobody():
     assert sorted(int(e.id) for bucket in buckets for e in bucket) == [1, 5, 6, 7, 30, 31, 90]
     assert all(len(b) == 1 or max(len(e.map) for e in b) * len(b) <= 64 for b in buckets)
     assert len(buckets) == 3
+
+
+def test_turn_truth_has_a_row_for_every_scored_turn_and_says_where_nothing_is_known(model, tokenizer, corpus):
+    truth = turn_truth(corpus)
+    assert set(truth["kind"]) == {"unknown"} and truth["depends_on_context"].isna().all()
+    scores = score_corpus(model, tokenizer, corpus, layers=[1], progress=False)
+    assert scores[["conversation", "turn"]].equals(truth[["conversation", "turn"]])
+    told = [Message("user", "a"), Message("assistant", "b", kind="passage", depends_on_context=False)]
+    (row,) = turn_truth(corpus_of(Conversation("told", tuple(told)))).itertuples(index=False)
+    assert tuple(row) == ("told", 1, "passage", False)
 
 
 def frame_of(**by_layer):
