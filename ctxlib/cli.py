@@ -56,6 +56,16 @@ def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) 
     raise SystemExit(finished.returncode)
 
 
+@app.command()
+def miniature(
+    out: Annotated[Path, typer.Option(help="Folder for the two models; a stopped run goes on from there.")],
+) -> None:
+    """Train both models of the miniature from nothing and write their cards."""
+    from ctxlib.miniature.build import build
+
+    build(out)
+
+
 def main() -> None:
     from ctxlib.run import NotebookError
 

@@ -71,7 +71,6 @@ class Miniature(Section):
 class Allocation(Section):
     prompts: Count
     layer: Layer
-    reading: Reading
 
 
 class Steering(Section):

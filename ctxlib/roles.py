@@ -27,7 +27,6 @@ from jinja2.compiler import CodeGenerator
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS, SpmConverter
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ctxlib.conversations import Message
@@ -474,7 +473,7 @@ _CONTROL = -2  # origin of the characters of a control token
 class _Encoder:
     """A twin of a tokenizer in which the control tokens have names that no content spells."""
 
-    backend: Tokenizer
+    backend: Tokenizer | None  # None for a slow tokenizer
     control: re.Pattern
     names: dict[str, str]
     original_ids: dict[int, int]  # of the tokens whose id differs in the twin
@@ -510,11 +509,14 @@ def _encode(
         origins.append(origin[done:stop])
     origin = np.concatenate([*origins, [-1]])
 
-    encoding = encoder.backend.encode("".join(pieces), add_special_tokens=False)
-    ids = np.array([encoder.original_ids.get(token, token) for token in encoding.ids], dtype=np.int64)
-    if not tokenizer.is_fast and not any(name in pieces for name in encoder.names.values()):
-        _require_same(tokenizer, text, ids)
-    starts, stops = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    named = "".join(pieces)
+    if encoder.backend is None:
+        tokens, offsets = _encode_by_pieces(tokenizer, named, {name: token for token, name in encoder.names.items()})
+    else:
+        encoding = encoder.backend.encode(named, add_special_tokens=False)
+        tokens, offsets = [encoder.original_ids.get(token, token) for token in encoding.ids], encoding.offsets
+    ids = np.array(tokens, dtype=np.int64)
+    starts, stops = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     places = np.arange(len(origin))
     following = np.minimum.accumulate(np.where(origin >= 0, places, len(origin) - 1)[::-1])[::-1]
     preceding = np.maximum.accumulate(np.where(origin >= 0, places, -1))
@@ -537,7 +539,11 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 def _encoder(tokenizer: PreTrainedTokenizerBase, guard: str, control: frozenset[str]) -> _Encoder:
     names = {token: f"{guard}{n}{guard}" for n, token in enumerate(sorted(control))}
 
-    state = json.loads(_backend(tokenizer).to_str())
+    longest_first = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+    if not tokenizer.is_fast:
+        return _Encoder(None, longest_first, names, {})
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): token for piece, token in model["vocab"].items()}
@@ -552,33 +558,44 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, guard: str, control: frozenset[
         ids[token["content"]] = token["id"]
     twin = Tokenizer.from_str(json.dumps(state))
     in_twin = {twin.token_to_id(content): token for content, token in ids.items()}
-    longest_first = sorted(control, key=len, reverse=True)
-    return _Encoder(
-        twin,
-        re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
-        names,
-        {token: original for token, original in in_twin.items() if token != original},
-    )
+    return _Encoder(twin, longest_first, names, {token: own for token, own in in_twin.items() if token != own})
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer
-    try:
-        return SLOW_TO_FAST_CONVERTERS.get(type(tokenizer).__name__, SpmConverter)(tokenizer).converted()
-    except Exception as error:
-        raise InputError(
-            f"{_name(tokenizer)}: a slow tokenizer without offsets that cannot be converted ({error}); "
-            "save it as tokenizer.json (PreTrainedTokenizerFast)"
-        ) from error
+_AS_SPACE = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)  # as sentencepiece's usual normalisation has it
 
 
-def _require_same(tokenizer: PreTrainedTokenizerBase, text: str, ids: np.ndarray) -> None:
-    if tokenizer.encode(text, add_special_tokens=False) != ids.tolist():
-        raise InputError(
-            f"{_name(tokenizer)}: this slow tokenizer and its fast conversion give different ids; "
-            "save it as tokenizer.json (PreTrainedTokenizerFast)"
-        )
+def _encode_by_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, control: dict[str, str]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets with a slow (sentencepiece) tokenizer: each piece lies right behind the one before it."""
+    ids, offsets, start = [], [], 0
+    for part in re.split(f"({'|'.join(control) or '(?!)'})", text):
+        if part in control:
+            ids.append(tokenizer.convert_tokens_to_ids(control[part]))
+            offsets.append((start, start + len(part)))
+        elif part:
+            text_bytes, place = part.encode().translate(_AS_SPACE), 0
+            character = np.repeat(np.arange(len(part)), [len(c.encode()) for c in part]) + start
+            for piece in tokenizer.tokenize(part, split_special_tokens=True):
+                byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+                surface = bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+                surface = surface.translate(_AS_SPACE)
+                while not text_bytes.startswith(surface, place):
+                    if surface[:1] == b" " and text_bytes.startswith(surface[1:], place):  # a space put in front
+                        surface = surface[1:]
+                    elif text_bytes[place : place + 1] == b" ":  # a space left out
+                        place += 1
+                    else:
+                        raise InputError(
+                            f"{_name(tokenizer)}: a slow tokenizer that normalises text, its tokens cannot be placed; "
+                            "save it as tokenizer.json (PreTrainedTokenizerFast)"
+                        )
+                stop = place + len(surface)
+                ids.append(tokenizer.convert_tokens_to_ids(piece))
+                offsets.append((int(character[place]), int(character[stop - 1]) + 1) if surface else (start, start))
+                place = stop
+        start += len(part)
+    return ids, offsets
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,219 @@
+"""What one experiment reads: its models, conversations and questions, from the miniature or from the user's files.
+
+Everything downstream takes what these functions return and cannot tell the two apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxlib import models, needle, qa
+from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations
+from ctxlib.generate import COLUMNS, answer_questions, question_prompt
+from ctxlib.instructions import word_questions
+from ctxlib.metrics import ANSWER_METRICS, score_answers
+from ctxlib.miniature import MODELS, texts
+from ctxlib.miniature.town import Town
+from ctxlib.params import InputError, Params, load_params
+from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
+
+EMBEDDED = "miniature"
+
+
+def open_experiment(params_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Params:
+    """The parameters, their inputs checked to be there, and torch set to the experiment's threads and seed."""
+    params = load_params(params_file, overrides)
+    params.check_inputs()
+    torch.set_num_threads(params.threads)
+    torch.manual_seed(params.seed)
+    return params
+
+
+def town(params: Params) -> Town | None:
+    """The invented town if the experiment takes its needles from there, else None: then no truth is known."""
+    return Town() if params.needle.source == EMBEDDED else None
+
+
+def model_path(params: Params, which: str) -> str:
+    """Folder or hub id of `pretrained`, `instruct` or `seed_model`."""
+    name = getattr(params.models, which)
+    source, _, model = name.partition(":")
+    if source == EMBEDDED:
+        if not (MODELS / model / "config.json").is_file():
+            raise InputError(f"{params.file}: models.{which}: the miniature has no model '{model}'")
+        return str(MODELS / model)
+    return str(params.path(name)) if params.path(name).exists() else name
+
+
+def tokenizer(params: Params, which: str = "pretrained") -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the experiment's chat template; InputError where there is none."""
+    template = params.path(params.models.chat_template) if params.models.chat_template else None
+    loaded = models.load_tokenizer(model_path(params, which), chat_template=template, revision=params.models.revision)
+    models.require_chat_template(loaded)
+    return loaded
+
+
+def model(params: Params, which: str, adapter: Path | None = None) -> PreTrainedModel:
+    return models.load_model(
+        model_path(params, which),
+        dtype=params.models.dtype,
+        quantisation=params.models.quantisation,
+        attention=params.models.attention,
+        adapter=adapter,
+        revision=params.models.revision,
+    )
+
+
+def finetuned(params: Params, name: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of `work/models/<name>`, over the weights it was trained on (4-bit ones under QLoRA)."""
+    folder = params.output_dir / "work" / "models" / name
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model; first run 03_indicator_sft, or 'make reproduce'")
+    loaded = models.load_model(
+        folder,
+        dtype=params.models.dtype,
+        quantisation="nf4" if params.finetune.method == "qlora" else params.models.quantisation,
+        attention=params.models.attention,
+        revision=params.models.revision,
+    )
+    return loaded, models.load_tokenizer(folder)
+
+
+def conversations(params: Params) -> Corpus:
+    """The conversations to score and to train on; in the miniature every answer carries the truth."""
+    section = params.conversations
+    if section.source == EMBEDDED:
+        made = texts.chat_dataset(Town(), section.n or 1000, params.miniature.shares, params.seed)
+        return Corpus(tuple(made), pd.DataFrame({"reason": [], "n": []}), EMBEDDED)
+    corpus = load_conversations(
+        params.path(section.source), on_bad_row=section.on_bad_row, remove_refusals=section.remove_refusals
+    )
+    return replace(corpus, conversations=corpus.conversations[: section.n])
+
+
+def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    section = params.needle
+    cells = {"lengths": section.lengths, "depths": section.depths, "per_cell": section.per_cell, "seed": params.seed}
+    if section.source == EMBEDDED:
+        return texts.needles(Town(), **cells)
+    return needle.text_needles(
+        needle.read_haystack(params.path(section.haystack)),
+        loaded_tokenizer,
+        needle=section.needle,
+        question=section.question,
+        keywords=section.keywords,
+        response_prefix=section.response_prefix or "",
+        **cells,
+    )
+
+
+def passage_questions(params: Params) -> list[Question]:
+    if params.qa.source is None:
+        return []
+    if params.qa.source == EMBEDDED:
+        return texts.passage_questions(Town(), params.qa.n, params.seed)
+    return qa.squad_questions(params.path(params.qa.source), params.qa.n, params.seed)
+
+
+def fact_questions(params: Params) -> list[Question]:
+    """Closed questions about what the model knows by heart; none where that is not known."""
+    home = town(params)
+    return texts.known_fact_questions(home, params.facts.n, params.seed) if home else []
+
+
+def instruction_questions(params: Params) -> list[Question]:
+    home = town(params)
+    n = params.instructions.n
+    return texts.instruction_questions(home, n, params.seed) if home else word_questions(texts.SAYABLE, n, params.seed)
+
+
+def ask(
+    params: Params,
+    loaded_model: PreTrainedModel,
+    loaded_tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    condition: str,
+    model_key: str,
+    template: bool,
+    indicator: str | None = None,
+    steering_alpha: float | None = None,
+    use_prefix: bool = False,
+) -> pd.DataFrame:
+    """Answers to questions of any family, scored: the columns of `answer_questions` and `score_answers`, and `condition`.
+
+    `recalled` is 1 where a needle's keywords are all said. Answers are cached under the experiment's `work` folder.
+    """
+    limits = {"needle": params.needle, "qa": params.qa, "facts": params.qa, "instructions": params.instructions}
+    parts = []
+    for family in dict.fromkeys(question.family for question in questions):
+        asked = [question for question in questions if question.family == family]
+        answers = answer_questions(
+            loaded_model,
+            loaded_tokenizer,
+            asked,
+            template=template,
+            indicator=indicator,
+            use_prefix=use_prefix,
+            steering_alpha=steering_alpha,
+            steering_options={"reading": params.steering.reading},
+            max_new_tokens=limits[family].max_new_tokens,
+            stop_text=None if template else PLAIN_SEPARATOR,
+            batch_size=params.models.batch_size,
+            model_key=model_key,
+            cache_dir=params.output_dir / "work" / "answers",
+        )
+        parts.append(score_answers(answers, asked, reading=params.needle.reading))
+    scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS, *ANSWER_METRICS])
+    recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
+    return scored.assign(condition=condition, recalled=recalled)
+
+
+def prompts(
+    loaded_tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    template: bool,
+    use_prefix: bool = False,
+    indicator: str | None = None,
+) -> list[RoleMap]:
+    """The questions as the model reads them, every token with its role."""
+    return [question_prompt(loaded_tokenizer, question, template, indicator, use_prefix) for question in questions]
+
+
+def spread(questions: Sequence[Question], n: int) -> list[Question]:
+    """About `n` of the questions, evenly spread, so that every kind, length and depth stays in its proportion."""
+    stride = max(1, len(questions) / n)
+    return [questions[int(i * stride)] for i in range(min(n, len(questions)))]
+
+
+def fact_sample(params: Params, n: int) -> pd.DataFrame:
+    """What is known by heart about the first `n` residents, one row each; empty where that is not known."""
+    home = town(params)
+    people = list(home.facts.items())[:n] if home else []
+    return pd.DataFrame([{"resident": name} | {r: f.predicate for r, f in facts.items()} for name, facts in people])
+
+
+def turn_kinds(corpus: Corpus) -> pd.DataFrame:
+    """Answers by kind: their number, mean length in words, and the truth where it is known."""
+    turns = pd.DataFrame(
+        [
+            {"kind": m.kind or "unknown", "depends_on_context": str(m.depends_on_context), "words": len(m.content.split())}
+            for conversation in corpus.conversations
+            for m in conversation.messages
+            if m.role == "assistant"
+        ]
+    )
+    kinds = turns.groupby(["kind", "depends_on_context"], as_index=False).agg(n=("words", "size"), mean_words=("words", "mean"))
+    return kinds.assign(share=kinds.n / kinds.n.sum())
+
+
+def as_conversation(question: Question) -> Conversation:
+    """A question with its first gold answer, as a conversation to look at."""
+    return Conversation(question.id, (*question.messages, Message("assistant", question.answers[0])))

@@ -1,0 +1,220 @@
+"""Batched greedy answers, with a response cache that knows model, adapter, template, steering and decoding."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, StoppingCriteria
+
+from ctxlib.attention import steer_attention
+from ctxlib.conversations import Question
+from ctxlib.params import InputError
+from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleMap, pad_batch, role_map
+
+COLUMNS = ("id", "family", "kind", "context_length_tokens", "depth_percent", "prompt", "answer", "answer_tokens")
+
+
+def answer_questions(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    template: bool,
+    indicator: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+    use_prefix: bool,
+    model_key: str,
+    steering_alpha: int | float | None = None,
+    steering_options: Mapping[str, Any] | None = None,
+    stop_text: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Greedy answer to every question: one row a question, in the order of `questions`, with the columns COLUMNS.
+
+    `prompt` is the decoded text of what the model read (response prefix included), `answer` what it then wrote,
+    without the prefix, and `answer_tokens` the number of tokens written, the end token not counted. An answer ends at
+    an end token of the tokenizer or of the model's generation config, after `max_new_tokens`, or before the first
+    `stop_text` ("\n" or PLAIN_SEPARATOR suit raw text, where nothing else may end an answer). The model is left in
+    eval mode.
+
+    With an `indicator` the last user message carries it. With a `steering_alpha` in (0, 1] all but the user's tokens
+    are weighted down (paper, section 2.3); `steering_options` go to `steer_attention`. With a `cache_dir` every answer
+    is kept in a JSONL file of its own model, adapter, template, indicator, prefix, steering and decoding, and a run
+    that was cut off goes on where it stood.
+
+    Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and for a damaged cache.
+    """
+    model.eval()
+    maps = [question_prompt(tokenizer, question, template, indicator, use_prefix) for question in questions]
+    _check(model, questions, maps, max_new_tokens)
+    steering = None if steering_alpha is None else {"steering_alpha": float(steering_alpha), **(steering_options or {})}
+    key = {
+        "model": [model_key, str(model.dtype), bool(getattr(model, "is_quantized", False)), _adapter_hash(model)],
+        "template": [template, tokenizer.chat_template if template else PLAIN_SEPARATOR],
+        "indicator": indicator,
+        "prefix": use_prefix,
+        "steering": steering,
+        "decoding": ["greedy", max_new_tokens, stop_text],
+    }
+    cache = _Cache(cache_dir, key)
+    prompts = [tokenizer.decode(prompt.ids) for prompt in maps]
+    answered = {q.id: cache.get(q.id, prompt) for q, prompt in zip(questions, prompts, strict=True)}
+    todo = [index for index, question in enumerate(questions) if answered[question.id] is None]
+    todo.sort(key=lambda index: -len(maps[index]))
+    with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="answers", disable=not progress) as bar:
+        for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
+            written = _greedy(model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering)
+            for index, (answer, answer_tokens) in zip(batch, written, strict=True):
+                answered[questions[index].id] = answer, answer_tokens
+                cache.add(questions[index].id, prompts[index], answer, answer_tokens)
+            bar.update(len(batch))
+    rows = [
+        (q.id, q.family, q.kind, q.context_length_tokens, q.depth_percent, prompt, *answered[q.id])
+        for q, prompt in zip(questions, prompts, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def question_prompt(
+    tokenizer: Any, question: Question, template: bool, indicator: str | None, use_prefix: bool
+) -> RoleMap:
+    """A question as the model reads it, up to where its answer begins; its last message may carry the indicator."""
+    *earlier, last = question.messages
+    return role_map(
+        tokenizer,
+        [*earlier, replace(last, indicated=indicator is not None)],
+        template=template,
+        generation_prompt=True,
+        response_prefix=question.response_prefix if use_prefix else "",
+        indicator=indicator,
+    )
+
+
+def _check(model: torch.nn.Module, questions: Sequence[Question], maps: Sequence[RoleMap], max_new_tokens: int) -> None:
+    ids = [question.id for question in questions]
+    if repeated := [key for key, times in Counter(ids).items() if times > 1]:
+        raise InputError(f"question {repeated[0]!r} is there more than once; give every question an id of its own")
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(maps)), key=lambda index: len(maps[index]), default=None)
+    if window and longest is not None and len(maps[longest]) + max_new_tokens > window:
+        raise InputError(
+            f"question {ids[longest]!r}: {len(maps[longest])} tokens and {max_new_tokens} new ones do not fit into the "
+            f"model's window of {window}; shorten the context or max_new_tokens"
+        )
+
+
+def _greedy(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    maps: Sequence[RoleMap],
+    max_new_tokens: int,
+    stop_text: str | None,
+    steering: Mapping[str, Any] | None,
+) -> list[tuple[str, int]]:
+    """Text and number of tokens of each prompt's greedy continuation."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    end_ids = _end_ids(base, tokenizer)
+    pad_id = end_ids[0] if end_ids else tokenizer.pad_token_id or 0  # masked in prompts, and ends a finished answer
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end_ids or None, pad_token_id=pad_id
+    )
+    batch = pad_batch(maps, pad_id, side="left")
+    ids, mask = (tensor.to(base.device) for tensor in (batch.input_ids, batch.attention_mask))
+    stops = [_StopAtText(tokenizer, stop_text, ids.shape[1])] if stop_text else None
+    keep = (batch.roles == Role.USER).to(base.device)
+    with _only(base, config), steer_attention(base, keep, **steering) if steering else nullcontext():
+        written = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stops)
+    return [_answer(tokenizer, row, {*end_ids, pad_id}, stop_text) for row in written[:, ids.shape[1] :].tolist()]
+
+
+def _end_ids(model: torch.nn.Module, tokenizer: Any) -> list[int]:
+    theirs = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def _answer(tokenizer: Any, written: list[int], end_ids: set[int], stop_text: str | None) -> tuple[str, int]:
+    length = next((place for place, token in enumerate(written) if token in end_ids), len(written))
+    answer = tokenizer.decode(written[:length], skip_special_tokens=True)
+    return (answer.split(stop_text)[0] if stop_text else answer).strip(), length
+
+
+@contextmanager
+def _only(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what its config leaves open from the model's own, which may sample or penalise: replace it."""
+    theirs, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+class _StopAtText(StoppingCriteria):
+    """Ends a row once the last tokens that it wrote contain `text`."""
+
+    def __init__(self, tokenizer: Any, text: str, prompt_length: int):
+        self.tokenizer, self.text, self.prompt_length = tokenizer, text, prompt_length
+        self.reach = len(text.encode()) + 2
+
+    def __call__(self, input_ids: Int[Tensor, "batch pos"], scores: Any, **kwargs: Any) -> Tensor:
+        tails = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :][:, -self.reach :])
+        return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)
+
+
+def _adapter_hash(model: torch.nn.Module) -> str | None:
+    """sha256 over the active adapter's weights: answers are the adapter's whatever `model_key` says."""
+    if not isinstance(model, PeftModel):
+        return None
+    digest = hashlib.sha256()
+    weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+class _Cache:
+    """Answers in one JSONL file per `key`, a line a sample, each flushed as it comes; without a folder, nothing."""
+
+    def __init__(self, folder: str | Path | None, key: Mapping[str, Any]):
+        self.known: dict[str, dict[str, Any]] = {}
+        self.path: Path | None = None
+        if folder is None:
+            return
+        canonical = json.dumps(key, sort_keys=True, ensure_ascii=False)
+        self.path = Path(folder) / f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole, _, torn = (self.path.read_bytes() if self.path.exists() else b"").rpartition(b"\n")
+        if torn:  # the run was killed in the middle of this line
+            os.truncate(self.path, self.path.stat().st_size - len(torn))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                sample = json.loads(line)
+                self.known[sample["id"]] = sample
+            except (ValueError, KeyError, TypeError) as damage:
+                raise InputError(
+                    f"{self.path}, line {number}: no cached answer ({damage}); delete the file"
+                ) from damage
+
+    def get(self, key: str, prompt: str) -> tuple[str, int] | None:
+        sample = self.known.get(key)
+        return (sample["answer"], sample["answer_tokens"]) if sample and sample["prompt"] == prompt else None
+
+    def add(self, key: str, prompt: str, answer: str, answer_tokens: int) -> None:
+        if self.path:
+            sample = {"id": key, "prompt": prompt, "answer": answer, "answer_tokens": answer_tokens}
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(sample, ensure_ascii=False) + "\n")

@@ -1,0 +1,159 @@
+"""Both shipped models from nothing, and their model cards: `ctxlib miniature --out DIR`."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+from ctxlib.conversations import Question
+from ctxlib.finetune import finetune
+from ctxlib.generate import answer_questions
+from ctxlib.metrics import score_answers, wilson_interval
+from ctxlib.miniature import texts
+from ctxlib.miniature.pretrain import Recipe, pretrain
+from ctxlib.miniature.town import Town
+from ctxlib.models import load_model, load_tokenizer
+from ctxlib.results import file_digest, to_json, write
+from ctxlib.roles import PLAIN_SEPARATOR
+
+# the shares that the chat data of params/miniature.yaml has too: `instruct` is the model that such data make
+SHARES = {
+    "memory_question": 0.22,
+    "memory_about": 0.14,
+    "agreeing_passage": 0.10,
+    "contradicting_passage": 0.22,
+    "dependent_passage": 0.12,
+    "dependent_change": 0.05,
+    "instruction_task": 0.10,
+    "multi_turn": 0.05,
+}
+CHATS = {"n": 6000, "seed": 0}
+VANILLA_SFT = {"method": "full", "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "warmup_fraction": 0.1}
+EXAM = {"lengths": [100, 200, 300, 400], "depths": [0, 25, 50, 75, 100], "per_cell": 26, "seed": 2024}  # n = 520
+ANSWER_TOKENS = 64
+
+
+def build(out: Path, recipe: Recipe = Recipe()) -> None:
+    """Train `pretrained` and `instruct` into `out` and examine them; goes on where it was stopped."""
+    if not (out / "pretrained" / "card.json").exists():
+        pretrain(out / "pretrained", recipe)
+        _card(out / "pretrained", examine_pretrained(out / "pretrained"))
+    begun = time.monotonic()
+    chats = texts.chat_dataset(Town(), shares=SHARES, **CHATS)
+    tokenizer = load_tokenizer(out / "pretrained")
+    log = finetune(out / "pretrained", tokenizer, chats, out_dir=out / "instruct", schedule="linear", **VANILLA_SFT)
+    training = {
+        "recipe": VANILLA_SFT | {"chats": CHATS, "shares": SHARES},
+        "seconds": time.monotonic() - begun,
+        "log": log.to_dict("records"),
+    }
+    write(out / "instruct" / "training.json", to_json(training))
+    _card(out / "instruct", examine_instruct(out / "instruct"))
+
+
+def examine_pretrained(folder: Path) -> pd.DataFrame:
+    """Raw text: known facts, and needles in haystacks of up to 400 tokens."""
+    needles = texts.needles(Town(), **EXAM)
+    facts = texts.known_fact_questions(Town(), 512, EXAM["seed"])
+    scored = _answers(folder, [*needles, *facts], template=False)
+    rows = [("known facts, raw text", scored[scored.family == "facts"].containment)]
+    for kind in ("unknown", "contradicting"):
+        rows.append((f"{kind} needle, raw text", (scored[scored.kind == kind].needle_recall == 1).astype(float)))
+    return _measures(rows)
+
+
+def examine_instruct(folder: Path) -> pd.DataFrame:
+    """In the chat template: format, known facts; and the needles, with the template and without."""
+    needles = texts.needles(Town(), **EXAM)
+    facts = texts.known_fact_questions(Town(), 512, EXAM["seed"])
+    tasks = texts.instruction_questions(Town(), 500, EXAM["seed"])
+    chat = _answers(folder, [*needles, *facts, *tasks], template=True)
+    raw = _answers(folder, needles, template=False)
+    well_formed = (chat.answer_tokens < ANSWER_TOKENS) & chat.answer.str.fullmatch(r"[A-Za-z][^<>\n]*\.")
+    rows = [
+        ("follows the chat format", well_formed.astype(float)),
+        ("known facts, chat", chat[chat.family == "facts"].containment),
+        ("instruction tasks, chat", chat[chat.family == "instructions"].exact_match),
+    ]
+    for kind in ("unknown", "contradicting"):
+        for name, frame in (("chat", chat), ("raw text", raw)):
+            rows.append((f"{kind} needle, {name}", (frame[frame.kind == kind].needle_recall == 1).astype(float)))
+    rows.append(("contradicting needle, chat: answers from memory", chat[chat.kind == "contradicting"].says_memory))
+    return _measures(rows)
+
+
+def _answers(folder: Path, questions: list[Question], template: bool) -> pd.DataFrame:
+    answers = answer_questions(
+        load_model(folder), load_tokenizer(folder), questions, template=template, indicator=None, use_prefix=False,
+        max_new_tokens=ANSWER_TOKENS, batch_size=64, model_key=folder.name,
+        stop_text=None if template else PLAIN_SEPARATOR,
+    )  # fmt: skip
+    return score_answers(answers, questions)
+
+
+def _measures(rows: list[tuple[str, pd.Series]]) -> pd.DataFrame:
+    measured = [(name, v.mean(), *wilson_interval(v.sum(), len(v)), len(v)) for name, v in rows]
+    return pd.DataFrame(measured, columns=["measure", "value", "ci_low", "ci_high", "n"])
+
+
+def _card(folder: Path, measures: pd.DataFrame) -> None:
+    """`card.json` for programs, `README.md` with the curve for people."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    log = pd.DataFrame(training["log"])
+    figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    axes.plot(log.step, log.loss, lw=1)
+    axes.set(xlabel="step", ylabel="loss (nats a supervised token)", title=f"{folder.name}: training loss")
+    figure.savefig(folder / "curve.png", dpi=110)
+    plt.close(figure)
+    for leftover in ("checkpoint.pt", "loss.csv"):
+        (folder / leftover).unlink(missing_ok=True)
+    hashes = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    hashes |= {path.name: file_digest(path) for path in sorted(folder.glob("*.json")) if path.name != "card.json"}
+    model = load_model(folder)
+    facts = {
+        "name": folder.name,
+        "parameters": model.num_parameters(),
+        "recipe": training["recipe"],
+        "seconds": round(training["seconds"]),
+        "tokens": training.get("tokens"),
+        "torch_threads": torch.get_num_threads(),
+        "measures": measures.round(4).to_dict("records"),
+        "sha256": hashes,
+    }
+    write(folder / "card.json", to_json(facts))
+    table = measures.assign(
+        value=measures.value.map("{:.1%}".format),
+        interval=[f"{row.ci_low:.1%} – {row.ci_high:.1%}" for row in measures.itertuples()],
+    )[["measure", "value", "interval", "n"]]
+    lines = [
+        f"# Model card: `{folder.name}` of the miniature",
+        "",
+        f"A `LlamaForCausalLM` of {model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} minutes"
+        f" on {torch.get_num_threads()} CPU threads from nothing but the texts of the invented town. English of that town"
+        " only; of no use for anything but this package's experiments. Licence: Apache-2.0, like the package.",
+        "",
+        "Greedy decoding; 95 % Wilson intervals. A needle counts when both words of its value are said.",
+        "",
+        table.to_markdown(index=False),
+        "",
+        "![training loss](curve.png)",
+        "",
+        "Recipe: `" + json.dumps(training["recipe"]) + "`",
+        "",
+        "Files: " + ", ".join(f"`{name}` sha256 `{digest[:16]}…`" for name, digest in hashes.items()),
+        "",
+        "Retrained by `ctxlib miniature --out DIR`; stopped and called again it goes on from its last checkpoint.",
+    ]
+    write(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def install(source: Path, target: Path) -> None:
+    """Put the models of a finished build where the package looks for them."""
+    for name in ("pretrained", "instruct"):
+        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+
+
