@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import bitsandbytes
@@ -10,7 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ctxlib.models import add_indicator, is_local, load_model, load_tokenizer, model_hash, require_chat_template
+from ctxlib.models import (
+    add_indicator,
+    embedding_changes,
+    is_local,
+    load_model,
+    load_tokenizer,
+    model_hash,
+    require_chat_template,
+)
 from ctxlib.params import InputError
 
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
@@ -178,6 +187,25 @@ def test_adapter_with_a_larger_tokenizer_loads_onto_its_base(model, model_folder
     tokenizer.save_pretrained(tmp_path / "adapter")
     for loaded in (load_model(model_folder, adapter=tmp_path / "adapter"), load_model(tmp_path / "adapter")):
         torch.testing.assert_close(logits(loaded), logits(trained), rtol=0, atol=1e-6)
+
+
+def test_a_changed_embedding_row_is_found_also_in_an_adapter(model, model_folder):
+    tokenizer = load_tokenizer(model_folder)
+    indicator_id = add_indicator(model, tokenizer)
+    changes = embedding_changes(model, model, tokenizer)
+    assert changes.changed.tolist() == [0, 0] and changes.tokens.tolist() == ["", ""]
+    rows = model.get_input_embeddings().weight.detach()
+    assert changes.typical[0] == pytest.approx((rows - rows.mean(0)).pow(2).sum(1).sqrt().median().item())
+    adapted = deepcopy(model)
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [indicator_id]})
+    adapted = get_peft_model(adapted, config)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += 0.5
+    changes = embedding_changes(model, adapted, tokenizer)
+    assert changes.rows.tolist() == [indicator_id + 1] * 2
+    assert changes.changed.tolist() == [1, 0] and changes.tokens.tolist() == ["[IND]", ""]
+    assert changes.distance.tolist() == pytest.approx([0.5 * 32**0.5, 0])
 
 
 def test_hash_names_contents_not_places(model, model_folder, tmp_path):
