@@ -63,12 +63,16 @@ class Results:
         below.remove()
 
     def read_table(self, name: str) -> pd.DataFrame:
-        """A table that this or an earlier notebook wrote; InputError where there is none."""
+        """A table that this or an earlier notebook wrote; InputError where there is none.
+
+        The columns `conversation` and `id` hold names, so they come back as text even where they look like numbers.
+        """
         path = self.folder / "tables" / f"{name}.csv"
         if not path.is_file():
             raise InputError(f"{path}: no such table; first run the notebook that writes '{name}', or 'make reproduce'")
         self.record_input(path)
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        names = dict.fromkeys(("conversation", "id"), str)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=names)
 
     def claim(
         self,

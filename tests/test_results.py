@@ -36,6 +36,14 @@ def test_a_table_comes_back_as_it_was(params):
     pd.testing.assert_frame_equal(open_results(params, "02_test").read_table("numbers"), frame, check_dtype=False)
 
 
+def test_names_that_look_like_numbers_come_back_as_text(params):
+    results = open_results(params, "01_test")
+    results.table(pd.DataFrame({"conversation": ["1", "007"], "id": ["2", "x"], "turn": [1, 2]}), "named", "Names")
+    again = results.read_table("named")
+    assert list(again["conversation"]) == ["1", "007"] and list(again["id"]) == ["2", "x"]
+    assert list(again["turn"]) == [1, 2]
+
+
 def test_csv_is_pure_and_markdown_tells_where_it_is_from(params):
     results = open_results(params, "01_test")
     results.table(pd.DataFrame({"value": [1 / 3], "text": ["<|user|>\nhi"]}), "t", "One third")
