@@ -167,4 +167,4 @@ def test_bad_scores_are_named(corpus):
     with pytest.raises(InputError, match="several layers"):
         threshold_for_fraction(pd.concat([SCORES, SCORES.assign(layer=3)]), 0.5)
     with pytest.raises(InputError, match="fraction 2"):
-        threshold_for_fraction(SCORES, 2)
+        threshold_for_fraction(SCORES, 2.0)
