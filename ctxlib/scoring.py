@@ -167,6 +167,15 @@ def layer_agreement(
     return pd.DataFrame(rows, columns=["layer", "other_layer", "overlap", "disagreement", "by_chance", "n"])
 
 
+def at_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """The rows of one layer; InputError where it was not scored."""
+    chosen = frame[frame["layer"] == layer]
+    if chosen.empty:
+        layers = sorted(frame["layer"].unique().tolist())
+        raise InputError(f"scoring.layer: {layer} was not scored; choose one of {layers}")
+    return chosen
+
+
 def reduce_heads(user_attention: Float[Tensor, "layer head row"], how: HeadReduction) -> Float[Tensor, " layer"]:
     """One number a layer, in [0, 1], from the attention that each answer token (row) pays to the user's tokens.
 

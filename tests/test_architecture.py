@@ -6,6 +6,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "ctxlib"
 ORDER = [
     "params",
+    "paper",
     "conversations",
     "roles",
     "models",

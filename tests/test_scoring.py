@@ -291,6 +291,13 @@ def frame_of(**by_layer):
     return pd.DataFrame(rows, columns=["conversation", "turn", "layer", "score"])
 
 
+def test_a_layer_that_was_not_scored_is_named():
+    frame = frame_of(l0=[0.1, 0.2], l3=[0.3, 0.4])
+    assert scoring.at_layer(frame, 3).score.tolist() == [0.3, 0.4]
+    with pytest.raises(InputError, match=r"scoring.layer: 2 was not scored; choose one of \[0, 3\]"):
+        scoring.at_layer(frame, 2)
+
+
 def test_layer_agreement_compares_the_top_turns():
     up, down = [i / 20 for i in range(20)], [1 - i / 20 for i in range(20)]
     half = [*up[:18], 0.0, 1.0]  # of the top two, one remains

@@ -1,0 +1,189 @@
+"""Every figure is drawn from a synthetic frame, warnings being errors, and leaves nothing global behind."""
+
+import io
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection
+
+from ctxlib import figures
+from ctxlib.roles import ROLES
+
+rng = np.random.default_rng(0)
+CONDITIONS = ["pretrained", "instruct, template", "instruct, no template"]
+TOKENS = pd.DataFrame(
+    {
+        "token": ["<s>", "<|user|>", "<0x0A>", "▁日本", "Ġ$x^", "<script>", "\n\n", " ", "a" * 300, "𝕏"],
+        "role": ["bos", "template", "template", *["user"] * 5, "assistant", "system"],
+        "turn": [0, *[1] * 8, 2],
+        "supervised": [False] * 8 + [True] * 2,
+    }
+)
+
+
+def values(**axes) -> pd.DataFrame:
+    """Every combination of `axes` with a value, an interval and n, as `metrics.summarise` gives them."""
+    frame = pd.MultiIndex.from_product(axes.values(), names=axes.keys()).to_frame(index=False)
+    value = rng.uniform(0.1, 0.9, len(frame))
+    return frame.assign(value=value, ci_low=value - 0.05, ci_high=value + 0.05, n=40)
+
+
+def curves(x: str, y: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"layer": np.repeat([0, 1, 2], 5), x: np.tile(np.linspace(0, 1, 5), 3), y: rng.random(15)}
+    ).assign(threshold=np.tile([np.inf, 0.9, 0.6, 0.4, 0.1], 3))
+
+
+SCORES = pd.DataFrame(
+    {"score": rng.random(80), "truth": rng.random(80) < 0.3, "user_tokens": rng.integers(1, 900, 80)}
+).assign(selected=lambda frame: frame["score"] > 0.6, dataset=["town", "shared"] * 40)
+LOG = pd.DataFrame({"step": [*range(9)] * 2, "loss": rng.random(18), "run": ["vanilla"] * 9 + ["indicator"] * 9})
+FRACTIONS = values(dataset=["town"], threshold=[0.5, 0.6]).rename(
+    columns={"value": "fraction", "ci_low": "low", "ci_high": "high"}
+)
+AGREEMENT = values(layer=range(4), other_layer=range(4)).rename(columns={"value": "disagreement"})
+CLAIMS = values(claim=["1 recall falls under the template " * 3, "2 attention to the user falls"]).assign(
+    threshold=[0.2, np.nan], holds=[True, False], seed=0
+)
+BARS = values(model=["small", "large"], condition=CONDITIONS)
+
+DRAWN = {
+    "role_strip": lambda: figures.role_strip(TOKENS),
+    "role_strip_without_turns": lambda: figures.role_strip(TOKENS.drop(columns="turn"), title=None),
+    "label_strip": lambda: figures.label_strip(TOKENS, subtitle="first conversation"),
+    "bars": lambda: figures.bars_with_intervals(BARS, x="model", hue="condition", xlabel="model (size)", paper=BARS),
+    "recall": lambda: figures.recall_by_condition(BARS, xlabel="needle (kind)", paper=BARS),
+    "recall_error": lambda: figures.recall_by_condition(BARS, xlabel="model (size)", error=True, paper=BARS),
+    "claims": lambda: figures.claims_forest(CLAIMS),
+    "steering": lambda: figures.steering_curve(
+        values(task=["needle", "facts"], steering_alpha=[1.0, 0.95, 0.5, 0.01]), paper=values(task=["needle"])
+    ),
+    "allocation": lambda: figures.allocation_by_role(values(condition=CONDITIONS, layer=range(3), role=ROLES)),
+    "allocation_one_layer": lambda: figures.allocation_by_role(values(condition=CONDITIONS, layer=[2], role=ROLES)),
+    "shift": lambda: figures.allocation_shift(values(layer=range(6), role=["bos", "user", "assistant"])),
+    "shift_panels": lambda: figures.allocation_shift(values(condition=["a", "b"], layer=[3], role=["user"])),
+    "heads": lambda: figures.head_map(values(layer=range(6), head=range(4))),
+    "heads_shift": lambda: figures.head_map(values(condition=["a", "b"], layer=range(2), head=range(4)), shift=True),
+    "scores": lambda: figures.score_histogram(SCORES),
+    "scores_by_truth": lambda: figures.score_histogram(SCORES, truth="truth", threshold=0.6),
+    "scores_by_kind": lambda: figures.scores_by_kind(SCORES, truth="truth", kind="dataset", threshold=0.6),
+    "agreement_panels": lambda: figures.layer_agreement(
+        pd.concat([AGREEMENT.assign(reading="paper"), AGREEMENT.assign(reading="$x")]), panel="reading"
+    ),
+    "agreement": lambda: figures.layer_agreement(AGREEMENT),
+    "lengths": lambda: figures.length_histograms(SCORES),
+    "lengths_panels": lambda: figures.length_histograms(SCORES, panel="dataset"),
+    "lengths_none_selected": lambda: figures.length_histograms(SCORES.assign(selected=False)),
+    "fractions": lambda: figures.fractions_over_beta(FRACTIONS, paper=FRACTIONS),
+    "roc": lambda: figures.roc_and_pr(
+        curves("false_positive_rate", "true_positive_rate"), curves("recall", "precision"), prevalence=0.3,
+        auc={0: 0.5, 1: 0.7, 2: 0.9}, chosen_layer=1, threshold=0.5, n=80,
+    ),
+    "auc": lambda: figures.layer_auc(values(layer=range(6)), chosen_layer=3),
+    "auc_readings": lambda: figures.layer_auc(values(layer=range(6), reading=["clean", "paper"]), hue="reading"),
+    "loss": lambda: figures.loss_curves(LOG, smooth=3),
+    "needle": lambda: figures.needle_heatmap(
+        values(condition=[*CONDITIONS, "d", "e"], depth_percent=[0, 50, 100], context_length_tokens=[100, 400])
+    ),
+    "needle_large": lambda: figures.needle_heatmap(
+        values(depth_percent=np.linspace(0, 100, 30).round(), context_length_tokens=np.linspace(200, 4000, 26).round())
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_figure_draws_with_labelled_axes_and_leaves_nothing_behind(name):
+    settings, opened = dict(mpl.rcParams), plt.get_fignums()
+    figure = DRAWN[name]()
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
+    assert plt.get_fignums() == opened
+    assert dict(mpl.rcParams) == settings
+    labels = [label for ax in figure.axes if ax.axison for label in (ax.get_xlabel(), ax.get_ylabel()) if label]
+    assert all("(" in label or label == "condition" for label in labels)  # a unit, or what the bars are
+    if "strip" not in name:
+        assert any(ax.get_xlabel() for ax in figure.axes)
+    assert any("n = " in text.get_text() for text in figure.findobj(mpl.text.Text))
+
+
+def test_a_frame_without_rows_makes_a_blank_figure_that_says_so():
+    nothing = pd.DataFrame(columns=["layer"])
+    for figure in (
+        figures.roc_and_pr(nothing, nothing, prevalence=np.nan, title="Truth", threshold=0.6),
+        figures.layer_auc(nothing, title=None),
+        figures.bars_with_intervals(nothing, x="x", hue="hue"),
+    ):
+        figure.savefig(io.BytesIO(), format="png", dpi=30)
+        words = [text.get_text() for text in figure.findobj(mpl.text.Text)]
+        assert any(said.startswith("no ") for said in words)
+
+
+def test_the_dot_on_the_roc_stands_where_the_threshold_selects():
+    roc = curves("false_positive_rate", "true_positive_rate")
+    figure = figures.roc_and_pr(roc, curves("recall", "precision"), prevalence=0.3, chosen_layer=1, threshold=0.5)
+    (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata())]
+    (expected,) = roc[(roc.layer == 1) & (roc.threshold == 0.6)].itertuples()
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (expected.false_positive_rate, expected.true_positive_rate)
+
+
+def test_a_layout_with_everything_in_it_overlaps_nowhere():
+    title, subtitle = (
+        "A title that is long enough to need a second line in a figure as narrow as this " * 2,
+        "and more " * 30,
+    )
+    figure = figures.bars_with_intervals(BARS, x="model", hue="condition", paper=BARS, title=title, subtitle=subtitle)
+    figure.draw_without_rendering()
+    (ax,), (legend,) = figure.axes, figure.legends
+    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    boxes += [legend.get_window_extent(), ax.get_tightbbox()]
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+
+
+def test_bars_stand_at_their_values_and_the_papers_lines_over_them():
+    figure = figures.bars_with_intervals(BARS, x="model", hue="condition", paper=BARS.assign(value=0.33))
+    (ax,) = figure.axes
+    by_condition = BARS.pivot(index="condition", columns="model", values="value").loc[CONDITIONS, ["small", "large"]]
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx(by_condition.to_numpy().ravel())
+    theirs = [lines for lines in ax.collections if isinstance(lines, LineCollection) and lines.get_zorder() == 4]
+    assert len(theirs) == len(CONDITIONS)
+    assert {height for lines in theirs for segment in lines.get_segments() for _, height in segment} == {0.33}
+
+
+def test_a_role_has_one_colour_in_every_figure():
+    frame = values(layer=range(2), role=["bos", "user", "assistant"])
+    figure = figures.allocation_shift(frame)
+    shown = {text.get_text(): patch.get_facecolor() for legend in figure.legends
+             for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)}  # fmt: skip
+    assert shown == {role: mpl.colors.to_rgba(figures.ROLE_COLOURS[role]) for role in ("bos", "user", "assistant")}
+    assert set(figures.ROLE_COLOURS) == set(ROLES)
+
+
+def test_needle_colours_run_from_zero_to_one_whatever_the_values():
+    frame = values(condition=["a", "b"], depth_percent=[0, 100], context_length_tokens=[100, 200])
+    figure = figures.needle_heatmap(frame.assign(value=0.5))
+    assert {ax.collections[0].get_clim() for ax in figure.axes[:2]} == {(0, 1)}
+
+
+def test_shift_colours_are_centred_at_zero():
+    frame = values(layer=range(2), head=range(2)).assign(value=[-0.4, 0.1, 0.2, 0.0])
+    assert figures.head_map(frame, shift=True).axes[0].collections[0].get_clim() == (-0.4, 0.4)
+
+
+def test_html_strip_escapes_tokens_roles_and_title():
+    tokens = TOKENS.assign(turn='"><script>')
+    shown = figures.role_strip_html(tokens, title="<script>alert(1)</script>")
+    seen, text = [], []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: seen.append((tag, dict(attributes)))
+    parser.handle_data = text.append
+    parser.feed(shown)
+    assert "<script" not in shown
+    assert {tag for tag, _ in seen} <= {"div", "span", "br", "hr", "b"}
+    assert {key for _, attributes in seen for key in attributes} <= {"style", "title"}
+    assert "<script>" in text

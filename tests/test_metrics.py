@@ -1,0 +1,246 @@
+"""Answer metrics against hand-made cases and loops, intervals against closed forms and slow bootstraps."""
+
+import itertools
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binomtest, mannwhitneyu
+
+from ctxlib import metrics
+from ctxlib.conversations import Message, Question
+from ctxlib.params import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  Cat's\tpyjamas!", "cats pyjamas"),
+        ("An apple, a pear; the end.", "apple pear end"),
+        ("theatre another", "theatre another"),
+        ("“quoted”", "“quoted”"),  # the official script knows ASCII punctuation only
+        ("U.S.A.", "usa"),
+        ("The", ""),
+    ],
+)
+def test_normalising_follows_the_official_squad_script(text, normal):
+    assert metrics.normalise_answer(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "exact", "f1"),
+    [
+        ("the green kites", ["Green kites."], 1, 1),
+        ("green kites", ["red kites", "green kites"], 1, 1),
+        ("green green kites", ["green kites"], 0, 0.8),  # precision 2/3, recall 1
+        ("green kites fly", ["kites"], 0, 0.5),
+        ("cats", ["dogs"], 0, 0),
+        ("", ["dogs"], 0, 0),
+        ("the", ["a"], 1, 0),  # both normalise to nothing: equal, with no word in common, as in version 1.1
+    ],
+)
+def test_exact_match_and_f1_take_the_best_gold_answer(answer, golds, exact, f1):
+    assert metrics.exact_match(answer, golds) == exact
+    assert metrics.token_f1(answer, golds) == pytest.approx(f1)
+
+
+def test_f1_matches_a_loop_that_crosses_words_out():
+    words = ["red", "blue", "cat", "hat"]
+    texts = [" ".join(chosen) for size in range(4) for chosen in itertools.product(words[:3], repeat=size)]
+    for answer, gold in itertools.islice(itertools.product(texts, texts), 0, None, 7):
+        left, common = gold.split(), 0
+        for word in answer.split():
+            if word in left:
+                left.remove(word)
+                common += 1
+        precision, recall = common / max(1, len(answer.split())), common / max(1, len(gold.split()))
+        expected = 2 * precision * recall / (precision + recall) if common else 0
+        assert metrics.token_f1(answer, [gold]) == pytest.approx(expected)
+
+
+def test_containment_is_a_substring_unless_whole_words_are_asked_for():
+    assert metrics.containment("She has 13 cats.", ["3"]) == 1
+    assert metrics.containment("She has 13 cats.", ["3"], whole_words=True) == 0
+    assert metrics.containment("She has 3 cats.", ["3"], whole_words=True) == 1
+    assert metrics.containment("The Green, Kites!", ["a green kites"]) == 1
+    assert metrics.containment("anything", ["the"]) == 0
+    assert metrics.containment("green", []) == 0
+
+
+def test_needle_recall_of_the_paper_is_exact_word_equality():
+    keywords = ("eat", "sandwich", "sit", "dolores", "park", "sunny", "day")
+    assert metrics.needle_recall("Eat a sandwich and sit in Dolores Park\non a sunny day.", keywords) == 1
+    assert metrics.needle_recall("eating sandwiches in the park", keywords) == pytest.approx(1 / 7)
+    assert metrics.needle_recall("", keywords) == 0
+    assert metrics.needle_recall("sunny-day", keywords) == pytest.approx(2 / 7)
+    assert metrics.needle_recall("a sunny\tday", keywords) == 0  # only spaces and newlines part words
+    with pytest.raises(InputError, match="keyword"):
+        metrics.needle_recall("x", [])
+
+
+def test_clean_needle_recall_splits_in_every_script_and_keeps_phrases_together():
+    assert metrics.needle_recall("a “sunny”\tday", ["sunny", "day"], reading="clean") == 1
+    assert metrics.needle_recall("green old kites", ["green kites"], reading="clean") == 0
+    assert metrics.needle_recall("Green kites!", ["green kites"], reading="clean") == 1
+    assert metrics.needle_recall("evergreen", ["green"], reading="clean") == 0
+
+
+def test_scores_are_nan_where_a_question_does_not_ask_and_keep_the_frames_order():
+    asked = (Message("user", "?"),)
+    needle = Question("n", "needle", "contradicting", asked, answers=("red",), keywords=("red",), memory_answer="blue")
+    task = Question("t", "instructions", "repeat", asked, answers=("tick tock",))
+    frame = pd.DataFrame({"id": ["t", "n", "n"], "answer": ["tick tock", "It is blue.", "red"]}, index=[5, 3, 9])
+    scored = metrics.score_answers(frame, [needle, task])
+    assert list(scored.index) == [5, 3, 9]
+    np.testing.assert_array_equal(scored["exact_match"], [1, 0, 1])
+    np.testing.assert_array_equal(scored["needle_recall"], [np.nan, 0, 1])
+    np.testing.assert_array_equal(scored["says_memory"], [np.nan, 1, 0])
+    with pytest.raises(InputError, match="'u'"):
+        metrics.score_answers(pd.DataFrame({"id": ["u"], "answer": [""]}), [needle])
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 5), (5, 5), (3, 7), (480, 500), (1, 1000)])
+def test_wilson_interval_matches_scipy(successes, n):
+    reference = binomtest(successes, n).proportion_ci(method="wilson")
+    assert metrics.wilson_interval(successes, n) == pytest.approx((reference.low, reference.high), abs=1e-9)
+    assert metrics.wilson_interval(0, 0) == (0, 1)
+
+
+def test_bootstrap_interval_matches_a_slow_loop_in_distribution(monkeypatch):
+    values = np.random.default_rng(1).exponential(size=60)
+    rng = np.random.default_rng(2)
+    slow = [np.mean([values[rng.integers(60)] for _ in range(60)]) for _ in range(1500)]
+    fast = metrics.bootstrap_interval(values, samples=4000, seed=3)
+    assert fast == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.05)
+    assert fast == metrics.bootstrap_interval(values, samples=4000, seed=3)
+    monkeypatch.setattr(metrics, "_RESAMPLED_AT_ONCE", 100)
+    assert metrics.bootstrap_interval(values, samples=400, seed=3) == pytest.approx(fast, abs=0.1)
+    assert np.isnan(metrics.bootstrap_interval([])).all()
+    assert metrics.bootstrap_interval([2.0, 2.0]) == (2, 2)
+
+
+def test_paired_difference_is_narrower_than_unpaired_where_pairs_agree():
+    rng = np.random.default_rng(0)
+    easy = rng.random(300)
+    a, b = easy + 0.1, easy + rng.normal(0, 0.01, 300)
+    value, low, high = metrics.paired_difference(a, b)
+    assert low < value < high
+    assert value == pytest.approx(np.mean(a) - np.mean(b))
+    assert high - low < 0.005
+    with pytest.raises(InputError, match="pair them"):
+        metrics.paired_difference([1.0], [1.0, 2.0])
+
+
+def test_summary_takes_wilson_for_binary_metrics_and_bootstrap_for_others():
+    frame = pd.DataFrame({"condition": list("bbaab"), "exact_match": [1, 0, 1, np.nan, 1], "f1": [0.5, 0, 1, 1, 0.25]})
+    exact = metrics.summarise(frame, "condition", "exact_match").set_index("condition")
+    assert list(exact.index) == ["b", "a"]
+    assert list(exact["n"]) == [3, 1]
+    assert tuple(exact.loc["b", ["ci_low", "ci_high"]]) == pytest.approx(metrics.wilson_interval(2, 3))
+    f1 = metrics.summarise(frame, ["condition"], "f1", seed=4).set_index("condition")
+    assert tuple(f1.loc["b", ["ci_low", "ci_high"]]) == metrics.bootstrap_interval([0.5, 0, 0.25], seed=4)
+    assert list(f1.columns) == ["metric", "value", "ci_low", "ci_high", "n"]
+
+
+def test_auc_matches_the_mann_whitney_statistic_and_its_interval_a_slow_stratified_bootstrap():
+    rng = np.random.default_rng(0)
+    truth = rng.random(120) < 0.3
+    score = np.round(rng.random(120) + 0.4 * truth, 1)  # with ties
+    positives, negatives = score[truth], score[~truth]
+    value, low, high = metrics.auc(truth, score, samples=3000)
+    assert value == pytest.approx(mannwhitneyu(positives, negatives).statistic / positives.size / negatives.size)
+    slow = []
+    for _ in range(800):
+        above, below = rng.choice(positives, positives.size), rng.choice(negatives, negatives.size)
+        wins = (above[:, None] > below).mean() + (above[:, None] == below).mean() / 2
+        slow.append(wins)
+    assert (low, high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.02)
+    assert metrics.auc([True, False], [0.9, 0.1]) == (1, 1, 1)
+    with pytest.raises(InputError, match="one class"):
+        metrics.auc([True, True], [0.9, 0.1])
+
+
+def scored_turns(n=400, **columns):
+    rng = np.random.default_rng(1)
+    truth = rng.random(n) < 0.3
+    frame = pd.DataFrame({"conversation": [f"c{i}" for i in range(n)], "turn": 1, "depends_on_context": truth})
+    frame["score"] = np.round(rng.random(n) + 0.3 * truth, 2) / 1.3  # with ties
+    return frame.astype({"depends_on_context": object}).assign(**columns)
+
+
+def test_auc_and_curves_by_group_leave_out_what_is_not_known():
+    known = scored_turns(layer=0)
+    one_class = scored_turns(layer=1).assign(depends_on_context=False)
+    some = known.assign(layer=2, depends_on_context=known.depends_on_context.where(known.index < 50, None))
+    areas = metrics.auc_by(pd.concat([known, one_class, some]), "layer", samples=50)
+    assert list(areas.layer) == [0, 2]
+    assert list(areas.n) == [400, 50]
+    expected = metrics.auc(known.depends_on_context[:50], known.score[:50], samples=50)
+    assert tuple(areas.iloc[1][["value", "ci_low", "ci_high"]]) == expected
+    roc = metrics.curve_by(pd.concat([known, one_class]), ["layer"], metrics.roc_curve_frame)
+    assert set(roc.layer) == {0}
+    assert np.trapezoid(roc.true_positive_rate, roc.false_positive_rate) == pytest.approx(areas.value[0])
+
+
+def test_where_no_truth_is_known_there_are_no_rows():
+    real = scored_turns(layer=0, reading="clean").assign(depends_on_context=None)
+    assert metrics.auc_by(real, "layer").empty
+    assert metrics.curve_by(real, "layer", metrics.precision_recall_frame).empty
+    assert metrics.auc_changes(real, "reading", "clean").empty
+    assert metrics.selection(real, [0.5]).empty
+
+
+def test_change_of_auc_is_the_difference_and_its_interval_a_slow_paired_bootstrap():
+    rng = np.random.default_rng(2)
+    one = scored_turns(150, reading="clean")
+    two = one.assign(score=np.round(one.score + rng.normal(0, 0.2, len(one)), 2), reading="paper").sample(frac=1)
+    (change,) = metrics.auc_changes(pd.concat([one, two]), "reading", "clean").itertuples()
+    truth, a, b = one.depends_on_context.to_numpy(bool), one.score.to_numpy(), two.sort_index().score.to_numpy()
+    assert change.value == pytest.approx(metrics.auc(truth, b, 2)[0] - metrics.auc(truth, a, 2)[0])
+    slow = []
+    for _ in range(1000):
+        drawn = np.concatenate([rng.choice(np.flatnonzero(side), side.sum()) for side in (truth, ~truth)])
+        above, below = drawn[truth[drawn]], drawn[~truth[drawn]]
+        wins = [np.mean((s[above, None] > s[below]) + (s[above, None] == s[below]) / 2) for s in (b, a)]
+        slow.append(wins[0] - wins[1])
+    assert (change.ci_low, change.ci_high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.01)
+    assert (change.reading, change.before, change.n) == ("paper", "clean", 150)
+
+
+def test_selection_agrees_with_precision_and_recall():
+    frame = scored_turns()
+    table = metrics.selection(frame, [0.3, 0.6, 2.0]).set_index(["threshold", "metric"])
+    for threshold in (0.3, 0.6):
+        expected = metrics.precision_recall(frame.depends_on_context, frame.score, threshold)
+        assert tuple(table.value.loc[threshold]) == pytest.approx(expected)
+    assert table.n.loc[0.6, "recall"] == frame.depends_on_context.sum()
+    assert np.isnan(table.value.loc[2.0, "precision"])
+    assert table.value.loc[2.0, "recall"] == 0
+    assert (table.ci_low <= table.ci_high).all()
+
+
+def test_curves_and_thresholds_agree_with_counting():
+    truth = np.array([True, False, True, False, False, True])
+    score = np.array([0.9, 0.8, 0.7, 0.6, 0.2, 0.6])
+    for row in metrics.roc_curve_frame(truth, score).itertuples():
+        selected = score >= row.threshold
+        assert row.true_positive_rate == pytest.approx((selected & truth).sum() / 3)
+        assert row.false_positive_rate == pytest.approx((selected & ~truth).sum() / 3)
+    for row in metrics.precision_recall_frame(truth, score).iloc[:-1].itertuples():
+        selected = score >= row.threshold
+        assert row.precision == pytest.approx((selected & truth).sum() / selected.sum())
+        assert row.recall == pytest.approx((selected & truth).sum() / 3)
+    assert metrics.precision_recall(truth, score, 0.6) == pytest.approx((2 / 3, 2 / 3))  # strictly above
+    precision, recall = metrics.precision_recall(truth, score, 0.9)
+    assert np.isnan(precision)
+    assert recall == 0
+
+
+def test_every_metric_is_a_fraction_whatever_the_text():
+    texts = ["", "the", "\n", "日本 red", "$x$ a-b", "A" * 50, "red, red; blue"]
+    for answer, gold in itertools.product(texts, texts):
+        keywords = re.findall(r"\w+", gold) or ["red"]
+        scores = [metrics.exact_match(answer, [gold]), metrics.token_f1(answer, [gold])]
+        scores += [metrics.containment(answer, [gold]), metrics.needle_recall(answer, keywords)]
+        assert all(0 <= score <= 1 for score in scores)
