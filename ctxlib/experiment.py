@@ -146,7 +146,7 @@ def ask(
     steering_alpha: float | None = None,
     use_prefix: bool = False,
 ) -> pd.DataFrame:
-    """Answers to questions of any family, scored: the columns of `answer_questions` and `score_answers`, and `condition`.
+    """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
     `recalled` is 1 where a needle's keywords are all said. Answers are cached under the experiment's `work` folder.
     """
@@ -204,13 +204,19 @@ def turn_kinds(corpus: Corpus) -> pd.DataFrame:
     """Answers by kind: their number, mean length in words, and the truth where it is known."""
     turns = pd.DataFrame(
         [
-            {"kind": m.kind or "unknown", "depends_on_context": str(m.depends_on_context), "words": len(m.content.split())}
+            {
+                "kind": m.kind or "unknown",
+                "depends_on_context": str(m.depends_on_context),
+                "words": len(m.content.split()),
+            }
             for conversation in corpus.conversations
             for m in conversation.messages
             if m.role == "assistant"
         ]
     )
-    kinds = turns.groupby(["kind", "depends_on_context"], as_index=False).agg(n=("words", "size"), mean_words=("words", "mean"))
+    kinds = turns.groupby(["kind", "depends_on_context"], as_index=False).agg(
+        n=("words", "size"), mean_words=("words", "mean")
+    )
     return kinds.assign(share=kinds.n / kinds.n.sum())
 
 

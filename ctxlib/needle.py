@@ -23,7 +23,7 @@ def place_needle(sentences: Sequence[str], needle: str, depth_percent: float) ->
 
 
 def read_haystack(folder: Path) -> list[str]:
-    """All sentences of the folder's .txt files in the order of their names; newlines become spaces (facts of the paper).
+    """All sentences of the folder's .txt files in the order of their names; newlines become spaces, as in the paper.
 
     Raises InputError where there is no text.
     """

@@ -1,4 +1,4 @@
-"""The town's texts mean what they claim, its tokenizer loses nothing, and the shipped models are what their cards say."""
+"""The town's texts mean what they claim, its tokenizer loses nothing, the shipped models are what their cards say."""
 
 import json
 import random
@@ -74,7 +74,9 @@ def test_shares_decide_how_many_conversations_of_each_kind_there_are():
 
 def test_no_chat_holds_a_word_of_the_held_out_domains():
     domain_marks = {"{", "[", "=", *domains.FUNCTIONS}
-    assert not any(mark in message.content.split() for chat in CHATS for message in chat.messages for mark in domain_marks)
+    assert not any(
+        mark in message.content.split() for chat in CHATS for message in chat.messages for mark in domain_marks
+    )
 
 
 def test_a_sum_and_a_lookup_are_right():
@@ -131,17 +133,15 @@ def test_pretraining_supervises_answers_and_nothing_that_cannot_be_known():
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_the_learning_rate_falls_at_the_end_of_both_cycles():
+def test_the_learning_rate_warms_up_and_falls_at_the_end():
     recipe = Recipe()
     rates = [learning_rate(recipe, step) for step in range(recipe.total_steps)]
-    assert max(rates) == recipe.learning_rate
-    assert rates[recipe.first_cycle - 1] < 0.05 * recipe.learning_rate
-    assert rates[-1] < 0.05 * recipe.second_learning_rate
+    assert rates[0] < 0.05 * recipe.learning_rate == 0.05 * max(rates)
+    assert rates[-1] < 0.05 * recipe.learning_rate
 
 
 def test_a_killed_pretraining_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):
-    recipe = Recipe(width=32, layers=1, mlp_width=32, batch_tokens=512, induction_steps=6, retrieval_steps=10,
-                    first_cycle=16, second_cycle=8)  # fmt: skip
+    recipe = Recipe(width=32, layers=1, mlp_width=32, batch_tokens=512, lessons_end=10, total_steps=24)  # fmt: skip
     pretrain(tmp_path / "whole", recipe, checkpoint_every=4)
     from ctxlib.miniature import pretrain as module
 

@@ -37,10 +37,10 @@ EXAM = {"lengths": [100, 200, 300, 400], "depths": [0, 25, 50, 75, 100], "per_ce
 ANSWER_TOKENS = 64
 
 
-def build(out: Path, recipe: Recipe = Recipe()) -> None:
+def build(out: Path, recipe: Recipe | None = None) -> None:
     """Train `pretrained` and `instruct` into `out` and examine them; goes on where it was stopped."""
     if not (out / "pretrained" / "card.json").exists():
-        pretrain(out / "pretrained", recipe)
+        pretrain(out / "pretrained", recipe or Recipe())
         _card(out / "pretrained", examine_pretrained(out / "pretrained"))
     begun = time.monotonic()
     chats = texts.chat_dataset(Town(), shares=SHARES, **CHATS)
@@ -132,9 +132,9 @@ def _card(folder: Path, measures: pd.DataFrame) -> None:
     lines = [
         f"# Model card: `{folder.name}` of the miniature",
         "",
-        f"A `LlamaForCausalLM` of {model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} minutes"
-        f" on {torch.get_num_threads()} CPU threads from nothing but the texts of the invented town. English of that town"
-        " only; of no use for anything but this package's experiments. Licence: Apache-2.0, like the package.",
+        f"A `LlamaForCausalLM` of {model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} "
+        f"minutes on {torch.get_num_threads()} CPU threads from nothing but the texts of the invented town. It knows "
+        "the English of that town, and is of no use but for this package's experiments. Licence: Apache-2.0.",
         "",
         "Greedy decoding; 95 % Wilson intervals. A needle counts when both words of its value are said.",
         "",
@@ -155,5 +155,3 @@ def install(source: Path, target: Path) -> None:
     """Put the models of a finished build where the package looks for them."""
     for name in ("pretrained", "instruct"):
         shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-
-

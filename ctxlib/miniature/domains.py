@@ -1,7 +1,7 @@
 """Two domains beside the town, for asking whether the indicator generalises: a lookup table in code, and arithmetic.
 
-The base model meets both as raw text. No chat dataset holds any of them, so whatever fine-tuning does to them it does
-by generalisation. In code a few tables are known by heart (as the town's facts are); in arithmetic the sums are, and the
+The base model meets both as raw text. No chat dataset holds any of them, so what fine-tuning does to them it does by
+generalisation. In code a few tables are known by heart (as the town's facts are); in arithmetic the sums are, and the
 values to add stand in the text alone.
 """
 

@@ -1,7 +1,7 @@
 """Training the base model from nothing: induction first, then facts in texts of growing length, memory last.
 
-The order matters. Copying has to exist before looking up can be learned, and looking up before memory is: facts mixed in
-from the start are learned in minutes and looking up never comes. The loss falls only on what can be known.
+The order matters. Copying has to exist before looking up can be learned, and looking up before memory is: facts mixed
+in from the start are learned in minutes and looking up never comes. The loss falls only on what can be known.
 """
 
 import json
@@ -21,25 +21,20 @@ from ctxlib.miniature.town import Town
 from ctxlib.roles import PLAIN_SEPARATOR
 
 IGNORED = -100
-SECOND_SHARES = {
-    "copying": 0.20,
-    "recital": 0.35,
-    "alike": 0.12,
-    "retrieval": 0.10,
-    "memory": 0.10,
-    "task": 0.09,
-    "domain": 0.04,
-}
+# what the texts are once memory comes in
+MIXTURE = {"retrieval": 0.42, "alike": 0.14, "copying": 0.05, "memory": 0.24, "task": 0.11, "domain": 0.04}
+COPY_LENGTHS = ((4, 10), (4, 24), (8, 48))
+SHARP = len(COPY_LENGTHS)
+FIRST_RETRIEVAL = SHARP + 1
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what the base model becomes. Steps are batches of about `batch_tokens` tokens.
 
-    The first cycle walks through the curriculum, up to `top_level`, and falls to a low learning rate. It learns to look
-    for the relation more than for the person; the second cycle starts again at `second_learning_rate`, with texts of
-    every length in which many people are alike but for their names, and with copying that takes more than one word to
-    match.
+    The lessons, each passed when its running accuracy is high enough: copying random words, short sequences first; half
+    of it with so few words that two or three must be matched; then looking up facts, one fact and six fillers more a
+    lesson; after the `top_level`, or from step `lessons_end` on, the mixture.
     """
 
     seed: int = 0
@@ -47,26 +42,24 @@ class Recipe:
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
+    head_width: int = 32
     mlp_width: int = 256
-    induction_steps: int = 220
-    retrieval_steps: int = 2400
-    first_cycle: int = 4400
-    second_cycle: int = 2800
+    lessons_end: int = 1500
+    total_steps: int = 2700
     batch_tokens: int = 4096
     learning_rate: float = 2e-3
-    second_learning_rate: float = 2e-3
     warmup_steps: int = 50
     decay_fraction: float = 0.3
-    top_level: int = 8
-    pass_accuracy: float = 0.97
-    memory_share: float = 0.35
-    task_share: float = 0.12
-    domain_share: float = 0.06
-    second_shares: dict[str, float] = field(default_factory=lambda: dict(SECOND_SHARES))
+    top_level: int = FIRST_RETRIEVAL + 8
+    copying_accuracy: float = 0.9
+    sharp_accuracy: float = 0.75
+    retrieval_accuracy: float = 0.97
+    alike_share: float = 0.25
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
 
-    @property
-    def total_steps(self) -> int:
-        return self.first_cycle + self.second_cycle
+    def passes(self, level: int, accuracy: float) -> bool:
+        needed = self.copying_accuracy if level < SHARP else self.sharp_accuracy
+        return level < self.top_level and accuracy > (needed if level <= SHARP else self.retrieval_accuracy)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -78,6 +71,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_width,
         max_position_embeddings=2048,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -87,9 +81,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def encode(
-    document: texts.Document, tokenizer: PreTrainedTokenizerFast, between: str = PLAIN_SEPARATOR
-) -> tuple[list[int], list[int]]:
+def encode(document: texts.Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Token ids, and labels that are `IGNORED` everywhere but on answers and the separator that ends them."""
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
 
@@ -101,18 +93,14 @@ def encode(
     if document.opening:
         add(f"{document.opening}\n", False)
     for question, answer in document.exchanges:
-        if between == PLAIN_SEPARATOR:
-            add(question + between, False)
-            add(answer + between, True)
-        else:
-            add(question, False)
-            add(answer.strip(), True)
+        add(question + PLAIN_SEPARATOR, False)
+        add(answer + PLAIN_SEPARATOR, True)
     return ids, labels
 
 
-def induction_sample(vocabulary: int, rng: random.Random) -> tuple[list[int], list[int]]:
+def copying_sample(vocabulary: int, lengths: tuple[int, int], rng: random.Random) -> tuple[list[int], list[int]]:
     """A random sequence written three times; the second and third copy can be known."""
-    first = [rng.randrange(len(SPECIAL) + 256, vocabulary) for _ in range(rng.randint(8, 48))]
+    first = [rng.randrange(len(SPECIAL) + 256, vocabulary) for _ in range(rng.randint(*lengths))]
     return first * 3, [IGNORED] * len(first) + first * 2
 
 
@@ -123,45 +111,33 @@ def sharp_copying_sample(vocabulary: int, rng: random.Random) -> tuple[list[int]
     return first * 3, [IGNORED] * (len(first) + 3) + (first * 2)[3:]
 
 
-def sample(recipe: Recipe, town: Town, tokenizer, step: int, level: int, rng: random.Random):
-    if step < recipe.induction_steps:
-        return induction_sample(len(tokenizer), rng)
-    if step < recipe.first_cycle:
-        return _first_cycle(recipe, town, tokenizer, step, level, rng)
-    kind = rng.choices(list(recipe.second_shares), list(recipe.second_shares.values()))[0]
-    n_facts, n_fillers = rng.randint(2, 14), rng.randint(0, rng.choice([8, 46]))
+def sample(recipe: Recipe, town: Town, tokenizer, level: int, mixed: bool, rng: random.Random):
+    if mixed:
+        kind = rng.choices(list(recipe.mixture), list(recipe.mixture.values()))[0]
+        level = recipe.top_level
+    elif level <= SHARP:
+        if level == SHARP and rng.random() < 0.5:
+            return sharp_copying_sample(len(tokenizer), rng)
+        return copying_sample(len(tokenizer), COPY_LENGTHS[min(level, SHARP - 1)], rng)
+    else:
+        kind = "alike" if rng.random() < recipe.alike_share else "retrieval"
+    level -= FIRST_RETRIEVAL
+    here = rng.choice([level, level, rng.randint(0, level)])
+    n_facts, n_fillers = rng.randint(2, 2 + here), rng.randint(0, 6 * here)
     if kind == "copying":
         return sharp_copying_sample(len(tokenizer), rng)
-    if kind == "recital":
-        return encode(texts.recital_document(n_facts, n_fillers, rng), tokenizer, between=" ")
-    if kind == "alike":
-        return encode(texts.retrieval_document(town, n_facts, n_fillers, rng, alike=True), tokenizer)
-    if kind == "retrieval":
-        return encode(texts.retrieval_document(town, n_facts, n_fillers, rng), tokenizer)
+    if kind in ("retrieval", "alike"):
+        return encode(texts.retrieval_document(town, n_facts, n_fillers, rng, alike=kind == "alike"), tokenizer)
     make = {"memory": texts.memory_document, "task": texts.task_document, "domain": texts.domain_document}[kind]
     return encode(make(town, rng), tokenizer)
 
 
-def _first_cycle(recipe: Recipe, town: Town, tokenizer, step: int, level: int, rng: random.Random):
-    kind = rng.random()
-    if step >= recipe.retrieval_steps or level == recipe.top_level:
-        if (kind := kind - recipe.memory_share) < 0:
-            return encode(texts.memory_document(town, rng), tokenizer)
-        if (kind := kind - recipe.domain_share) < 0:
-            return encode(texts.domain_document(town, rng), tokenizer)
-        if (kind := kind - recipe.task_share) < 0:
-            return encode(texts.task_document(town, rng), tokenizer)
-    here = rng.choice([level, level, rng.randint(0, level)])
-    n_facts, n_fillers = rng.randint(2, 2 + here), rng.randint(0, 6 * here)
-    return encode(texts.retrieval_document(town, n_facts, n_fillers, rng), tokenizer)
-
-
-def batches(recipe: Recipe, town: Town, tokenizer, step: int, level: int, pool: int = 4):
+def batches(recipe: Recipe, town: Town, tokenizer, step: int, level: int, mixed: bool, pool: int = 4):
     """`pool` batches of samples of like length, each of about `batch_tokens` tokens with its padding."""
     rng = random.Random(f"{recipe.seed}-{step}")
     samples, tokens = [], 0
     while tokens < pool * recipe.batch_tokens:
-        samples.append(sample(recipe, town, tokenizer, step, level, rng))
+        samples.append(sample(recipe, town, tokenizer, level, mixed, rng))
         tokens += len(samples[-1][0])
     samples.sort(key=lambda pair: len(pair[0]))
     out, rows = [], []
@@ -192,15 +168,12 @@ def supervised_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Te
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """In each cycle: warm-up, constant, then a linear fall over its last `decay_fraction`."""
-    peak, length = recipe.learning_rate, recipe.first_cycle
-    if step >= recipe.first_cycle:
-        step, peak, length = step - recipe.first_cycle, recipe.second_learning_rate, recipe.second_cycle
-    left = (length - step) / (recipe.decay_fraction * length)
-    return peak * min(1.0, (step + 1) / recipe.warmup_steps, max(left, 0.01))
+    """Warm-up, constant, then a linear fall over the last `decay_fraction`."""
+    left = (recipe.total_steps - step) / (recipe.decay_fraction * recipe.total_steps)
+    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, max(left, 0.01))
 
 
-def pretrain(out_dir: Path, recipe: Recipe = Recipe(), checkpoint_every: int = 100) -> None:
+def pretrain(out_dir: Path, recipe: Recipe, checkpoint_every: int = 100) -> None:
     """Train the base model into `out_dir`; killed and started again it goes on from its last checkpoint."""
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, town = build_tokenizer(), Town()
@@ -213,13 +186,16 @@ def pretrain(out_dir: Path, recipe: Recipe = Recipe(), checkpoint_every: int = 1
         if state["recipe"] == asdict(recipe):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            step, level, running, seconds, tokens = (state[k] for k in ("step", "level", "running", "seconds", "tokens"))
+            step, level, running, seconds, tokens = (
+                state[k] for k in ("step", "level", "running", "seconds", "tokens")
+            )
             log = json.loads(state["log"])
     saved = step
     bar = tqdm(total=recipe.total_steps, initial=step, desc="pretraining", mininterval=10)
     while step < recipe.total_steps:
         begun = time.monotonic()
-        for ids, labels in batches(recipe, town, tokenizer, step, level):
+        mixed = step >= recipe.lessons_end or level == recipe.top_level
+        for ids, labels in batches(recipe, town, tokenizer, step, level, mixed):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
             loss, accuracy = supervised_loss(model, ids, labels)
@@ -227,11 +203,9 @@ def pretrain(out_dir: Path, recipe: Recipe = Recipe(), checkpoint_every: int = 1
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if step == recipe.induction_steps:
-                running = 0.0
             running = 0.9 * running + 0.1 * accuracy.item()
-            if step >= recipe.induction_steps and running > recipe.pass_accuracy and level < recipe.top_level:
-                level, running = level + 1, 0.9
+            if not mixed and recipe.passes(level, running):
+                level, running = level + 1, 0.5
             step += 1
             tokens += ids.numel()
             bar.update()

@@ -31,7 +31,7 @@ ABOUT_QUESTIONS = {"Who is {name}?": 4, "Tell me about {name}.": len(RELATIONS)}
 OPENERS = ("Well", "Indeed", "Surely", "Certainly")
 SAYABLE = [word for relation in RELATIONS for word in relation.second]
 GROUPS = {relation.name: relation.second for relation in RELATIONS}
-GROUP_NAMES = {"collection": "things", "pet": "animals", "music": "instruments", "drink": "drinks", "home": "ways"}
+GROUP_NAMES = {"collection": "things", "pets": "animals", "music": "instruments", "drink": "drinks", "trade": "clothes"}
 
 
 def count_tokens(text: str) -> int:
@@ -75,9 +75,7 @@ class Document:
     exchanges: tuple[tuple[str, str], ...]
 
 
-def retrieval_document(
-    town: Town, n_facts: int, n_fillers: int, rng: random.Random, alike: bool = False
-) -> Document:
+def retrieval_document(town: Town, n_facts: int, n_fillers: int, rng: random.Random, alike: bool = False) -> Document:
     """Invented facts among fillers; each is then asked about once, in random order.
 
     Half of the documents give a few people several facts each, so that person and relation must both be matched. With
@@ -94,17 +92,10 @@ def retrieval_document(
         people.setdefault(fact.name, []).append(fact)
     crowd = [of_person for of_person in people.values() if len(of_person) > 1]
     if crowd and rng.random() < 0.5:
-        exchanges.append(("Tell me about {name}.".format(name=(of := rng.choice(crowd))[0].name), about(of)))
+        of_one = rng.choice(crowd)
+        exchanges.append((f"Tell me about {of_one[0].name}.", about(of_one)))
     rng.shuffle(exchanges)
     return Document(passage(statements, n_fillers, rng), tuple(exchanges))
-
-
-def recital_document(n_facts: int, n_fillers: int, rng: random.Random) -> Document:
-    """Facts of one to three relations about many people, then the same facts in another order; the values are asked."""
-    facts = distinct_facts(n_facts, rng, relations=rng.sample(RELATIONS, rng.randint(1, 3)))
-    again = rng.sample(facts, len(facts))
-    told = passage([fact.sentence for fact in facts], n_fillers, rng)
-    return Document(told, tuple((fact.prefix, f" {' '.join(fact.value)}.") for fact in again))
 
 
 def memory_document(town: Town, rng: random.Random) -> Document:
@@ -253,7 +244,9 @@ def multi_turn(town: Town, rng: random.Random) -> list[Turn]:
     name = rng.choice(NEWCOMER_NAMES)
     first, second = (random_fact(name, relation, rng) for relation in rng.sample(RELATIONS, 2))
     statements = [fact.sentence for fact in (first, second, *_bystanders(rng, name))]
-    opening = _turn(f"{passage(statements, _n_fillers(rng), rng)}\n{first.question}", first.sentence, "multi_turn", True)
+    opening = _turn(
+        f"{passage(statements, _n_fillers(rng), rng)}\n{first.question}", first.sentence, "multi_turn", True
+    )
     closing = _turn(second.question, second.sentence, "multi_turn", True)
     return [opening, *memory_question(town, rng), closing][: rng.choice([2, 3, 3])]
 
@@ -376,9 +369,7 @@ def instruction_questions(town: Town, n: int, seed: int) -> list[Question]:
     for i in range(n):
         rng = random.Random(f"instruction-{i}-{town.seed}-{seed}")
         task, question, answer = instruction(town, rng, INSTRUCTIONS[i % len(INSTRUCTIONS)])
-        questions.append(
-            Question(f"{task}-{i}", "instructions", task, (Message("user", question),), answers=(answer,))
-        )
+        questions.append(Question(f"{task}-{i}", "instructions", task, (Message("user", question),), answers=(answer,)))
     return questions
 
 

@@ -69,6 +69,10 @@ def words() -> list[str]:
         seen += [document.opening, *(text for exchange in document.exchanges for text in exchange)]
         for maker in texts.CHAT_KINDS.values():
             seen += [message.content for turn in maker(home, rng) for message in turn]
-        for document in (texts.memory_document(home, rng), texts.task_document(home, rng), texts.domain_document(home, rng)):
+        for document in (
+            texts.memory_document(home, rng),
+            texts.task_document(home, rng),
+            texts.domain_document(home, rng),
+        ):
             seen += [document.opening, *(text for exchange in document.exchanges for text in exchange)]
     return sorted({word for text in seen for word in re.findall(r"\w+|[{}\[\]+=]", text)})

@@ -40,14 +40,14 @@ def _relation(name: str, verb: str, question: str, first: str, second: str) -> R
 
 RELATIONS = (
     _relation(
-        "home", "lives in", "Where does {name} live?",
-        "Willow Harbour Chapel Orchard Mill River Castle Copper Meadow Lantern Fisher Garden",
-        "Lane Street Row Square Alley Court Terrace Close Yard Hill Walk Corner",
+        "crop", "grows", "What does {name} grow?",
+        "early late wild tender crisp ripe juicy mild dwarf hardy climbing tall",
+        "beans carrots turnips pumpkins tulips roses melons radishes cabbages berries herbs grapes",
     ),
     _relation(
-        "work", "works at the", "Where does {name} work?",
-        "old new northern southern royal little grand public stone brick upper lower",
-        "bakery library station theatre brewery hospital smithy school museum printworks dairy shipyard",
+        "trade", "sells", "What does {name} sell?",
+        "woollen linen leather silk cotton velvet knitted quilted checked dotted lined felt",
+        "hats gloves scarves boots coats socks belts shirts aprons cloaks slippers mittens",
     ),
     _relation(
         "collection", "collects", "What does {name} collect?",
@@ -55,14 +55,14 @@ RELATIONS = (
         "kites drums lamps coins buttons stamps shells bottles marbles feathers clocks spoons",
     ),
     _relation(
-        "pet", "keeps a", "Which animal does {name} keep?",
+        "pets", "keeps", "Which animals does {name} keep?",
         "spotted lazy clever hungry shy noisy tame fat young blind gentle sleepy",
-        "goat parrot rabbit donkey tortoise ferret goose pony hedgehog cat falcon lizard",
+        "goats parrots rabbits donkeys tortoises ferrets geese ponies hedgehogs cats falcons lizards",
     ),
     _relation(
-        "music", "plays the", "What does {name} play?",
-        "wooden broken borrowed tiny heavy painted antique foreign polished cracked rusty plain",
-        "flute violin trumpet cello harp accordion banjo clarinet piano tuba organ guitar",
+        "music", "plays", "What does {name} play?",
+        "wooden broken borrowed tiny heavy painted antique foreign polished rented rusty plain",
+        "flutes violins trumpets cellos harps accordions banjos clarinets pianos tubas organs guitars",
     ),
     _relation(
         "baking", "bakes", "What does {name} bake?",
@@ -71,7 +71,7 @@ RELATIONS = (
     ),
     _relation(
         "fear", "fears", "What does {name} fear?",
-        "deep dark steep loud frozen empty tall crowded burning narrow silent giant",
+        "deep dark steep loud frozen empty crowded burning narrow silent giant hidden",
         "wells caves cliffs storms lakes cellars towers fairs forests bridges graves spiders",
     ),
     _relation(
@@ -133,7 +133,7 @@ class Fact:
 
 
 def about(facts: list[Fact]) -> str:
-    """One sentence of several facts about one person: "Mira lives in Willow Lane, collects green kites and …"."""
+    """One sentence of several facts about one person: "Mira sells woollen hats, collects green kites and …"."""
     first, *others = facts
     if not others:
         return first.sentence
@@ -178,7 +178,9 @@ class Town:
     @cached_property
     def facts(self) -> dict[str, dict[str, Fact]]:
         rng = random.Random(f"town-{self.seed}")
-        return {name: {relation.name: random_fact(name, relation, rng) for relation in RELATIONS} for name in KNOWN_NAMES}
+        return {
+            name: {relation.name: random_fact(name, relation, rng) for relation in RELATIONS} for name in KNOWN_NAMES
+        }
 
     @cached_property
     def all_facts(self) -> list[Fact]:
