@@ -489,7 +489,9 @@ def _encode(
     guard = next((guard for guard in _GUARDS if guard not in text), None)
     if guard is None:
         raise InputError("the text holds all of the noncharacters U+FDD0 to U+FDEF; remove one of them")
-    control = _control_tokens(tokenizer)
+    borders = np.flatnonzero(np.diff(origin < 0)) + 1
+    runs = list(zip([0, *borders], [*borders, len(text)], strict=True)) if text else []
+    control = _control_tokens(tokenizer, "\0".join(text[start:stop] for start, stop in runs if origin[start] < 0))
     key = (guard, control, len(tokenizer))
     of_tokenizer = _encoders.setdefault(tokenizer, {})
     if key not in of_tokenizer:
@@ -497,10 +499,9 @@ def _encode(
     encoder = of_tokenizer[key]
 
     pieces, origins = [], []
-    borders = np.flatnonzero(np.diff(origin < 0)) + 1
-    for start, stop in zip([0, *borders], [*borders, len(text)], strict=True):
+    for start, stop in runs:
         done = start
-        for found in encoder.control.finditer(text, start, stop) if start < stop and origin[start] < 0 else ():
+        for found in encoder.control.finditer(text, start, stop) if origin[start] < 0 else ():
             name = encoder.names[found.group()]
             pieces += [text[done : found.start()], name]
             origins += [origin[done : found.start()], np.full(len(name), _CONTROL)]
@@ -527,13 +528,13 @@ def _encode(
     return ids, np.stack([first, last + 1], axis=1), first
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Special tokens, and the other added tokens that the template's source spells, unless they are whitespace."""
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> frozenset[str]:
+    """Special tokens, and the other added tokens that the template wrote or spells, unless they are whitespace."""
     template = _template_text(tokenizer) if tokenizer.chat_template else ""
     special, ordinary = set(tokenizer.all_special_tokens), set()
     for token in tokenizer.added_tokens_decoder.values():
         (special if token.special else ordinary).add(token.content)
-    return frozenset(special | {token for token in ordinary if token.strip() and token in template})
+    return frozenset(special | {t for t in ordinary if t.strip() and (t in template or t in written)})
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, guard: str, control: frozenset[str]) -> _Encoder:

@@ -1,0 +1,203 @@
+"""Conversations: three formats in, one out; every bad row is an error with a name, or counted."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctxlib.conversations import Conversation, Corpus, Message, load_conversations, save_conversations
+from ctxlib.params import InputError
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "conversations"
+NOTHING = pd.DataFrame({"reason": [], "n": []})
+
+
+def sharegpt(*turns, **more):
+    return {"conversations": [{"from": speaker, "value": text} for speaker, text in turns], **more}
+
+
+def write(folder, rows, name="rows.json"):
+    path = folder / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def texts(corpus):
+    return [[(message.role, message.content) for message in c.messages] for c in corpus.conversations]
+
+
+def counted(corpus):
+    return dict(zip(corpus.dropped["reason"], corpus.dropped["n"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        (
+            [sharegpt(("system", "s"), ("human", "a"), ("gpt", " b\n")), sharegpt(("user", "c"), ("chatgpt", "d"))],
+            [[("system", "s"), ("user", "a"), ("assistant", " b\n")], [("user", "c"), ("assistant", "d")]],
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+            [[("user", "a"), ("assistant", "b")]],
+        ),
+        (
+            [{"instruction": "a", "input": "x", "output": "b"}, {"instruction": "a", "input": "", "output": "b"}],
+            [[("user", "a\n\nx"), ("assistant", "b")], [("user", "a"), ("assistant", "b")]],
+        ),
+    ],
+    ids=["sharegpt", "messages", "instruction"],
+)
+def test_three_formats_in_three_kinds_of_file(tmp_path, name, rows, expected):
+    corpus = load_conversations(write(tmp_path, rows, name))
+    assert texts(corpus) == expected
+    assert [c.id for c in corpus.conversations] == [str(n + 1) for n in range(len(rows))]
+    assert corpus.dropped.empty and list(corpus.dropped.columns) == ["reason", "n"]
+    assert corpus.source == str(tmp_path / name) and len(corpus) == len(rows)
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(lambda drawn: drawn + "x")
+answers = st.builds(
+    Message,
+    st.just("assistant"),
+    text,
+    kind=st.none() | text,
+    depends_on_context=st.none() | st.booleans(),
+    score=st.none() | st.floats(0, 1),
+)
+exchange = st.tuples(st.builds(Message, st.just("user"), text, indicated=st.booleans()), answers)
+talks = st.tuples(
+    st.lists(st.builds(Message, st.just("system"), text), max_size=1), st.lists(exchange, min_size=1, max_size=3)
+).map(lambda drawn: (*drawn[0], *(message for pair in drawn[1] for message in pair)))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=st.lists(talks, min_size=1, max_size=3))
+def test_what_is_saved_is_read_back_field_by_field(tmp_path, drawn):
+    corpus = Corpus(tuple(Conversation(f"c{n}", talk) for n, talk in enumerate(drawn)), NOTHING, "here")
+    save_conversations(corpus, tmp_path / "folder" / "saved.jsonl")
+    assert load_conversations(tmp_path / "folder" / "saved.jsonl").conversations == corpus.conversations
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["saved.jsonl"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "saved.jsonl"
+    path.write_text("old")
+    unwritable = Conversation("c", (Message("user", "\ud83d"),))
+    with pytest.raises(UnicodeEncodeError):
+        save_conversations(Corpus((unwritable,), NOTHING, "here"), path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+GOOD = sharegpt(("human", "a"), ("gpt", "b"))
+BAD = {
+    "starts with the assistant": (sharegpt(("gpt", "b"), ("human", "a"), ("gpt", "b")), r"conversations\[0\]"),
+    "empty turn": (sharegpt(("human", "a"), ("gpt", " \n")), r"conversations\[1\]"),
+    "unknown role": (sharegpt(("human", "a"), ("bot", "b")), r"conversations\[1\]\.from"),
+    "same role twice in a row": (sharegpt(("human", "a"), ("gpt", "b"), ("gpt", "c")), r"conversations\[2\]"),
+    "system text after the first message": (sharegpt(("human", "a"), ("system", "s")), r"conversations\[1\]"),
+    "no user turn": (sharegpt(("system", "s")), "conversations"),
+    "not a text": (sharegpt(("human", None)), r"conversations\[0\]\.value"),
+    "invalid Unicode": (sharegpt(("human", "\ud83d")), r"conversations\[0\]\.value"),
+    "missing turns": ({"conversations": None}, "conversations"),
+    "not an object": (["a"], "row"),
+    "duplicate id": (GOOD | {"id": "first"}, "id"),
+}
+
+
+@pytest.mark.parametrize("reason, row, key", [(reason, *case) for reason, case in BAD.items()], ids=BAD.keys())
+def test_a_bad_row_is_named_or_counted(tmp_path, reason, row, key):
+    path = write(tmp_path, [GOOD | {"id": "first"}, row, GOOD | {"id": "last"}])
+    with pytest.raises(InputError, match=rf"rows\.json, row 2, {key}: {reason}: .+on_bad_row"):
+        load_conversations(path)
+    corpus = load_conversations(path, on_bad_row="drop")
+    if reason == "starts with the assistant":  # this one is mended, as the paper does with chunks
+        assert counted(corpus) == {"leading assistant turn removed": 1}
+        assert texts(corpus)[1] == texts(corpus)[0]
+    else:
+        assert counted(corpus) == {reason: 1}
+        assert [c.id for c in corpus.conversations] == ["first", "last"]
+
+
+def test_chunks_lose_their_leading_answers_and_nothing_else(tmp_path):
+    system, chunk = [("system", "s")], [("gpt", "x"), ("gpt", "y"), ("human", "a"), ("gpt", "b")]
+    rows = [sharegpt(*system, *chunk), sharegpt(("gpt", "x")), sharegpt(("system", " "), ("human", "a"))]
+    corpus = load_conversations(write(tmp_path, rows), on_bad_row="drop")
+    assert texts(corpus) == [[("system", "s"), ("user", "a"), ("assistant", "b")], [("user", "a")]]
+    assert counted(corpus) == {
+        "leading assistant turn removed": 2,
+        "no user turn": 1,
+        "empty system text removed": 1,
+    }
+
+
+def test_refusals_are_removed_only_on_request(tmp_path):
+    refused = sharegpt(("human", "a"), ("gpt", "I’m sorry, but I can’t do that. As an AI language model"), id="refused")
+    asked = sharegpt(("human", "As an AI language model, what are you?"), ("gpt", "b"), id="asked")
+    path = write(tmp_path, [refused, asked])
+    assert len(load_conversations(path)) == 2
+    corpus = load_conversations(path, remove_refusals=True)
+    assert [c.id for c in corpus.conversations] == ["asked"] and counted(corpus) == {"refusal": 1}
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.jsonl", json.dumps(GOOD) + "\n\n{oops\n", "line 3: malformed JSON"),
+        ("a.json", '[\n{"a": 1},\n{]', "line 3: malformed JSON"),
+        ("a.json", '{"a": 1}\n{"a": 2}', r"line 2: malformed JSON .*\.jsonl"),
+        ("a.json", '{"a": 1}', "expected a list of rows"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.json", '[{"prompt": "a"}]', "row 1: unknown format: found 'prompt'"),
+        ("a.json", b"\xff", "not UTF-8"),
+        ("a.parquet", "oops", "not a Parquet file"),
+        ("a.csv", "a,b", "expected a .json, .jsonl or .parquet file"),
+        ("a.json", json.dumps([{"messages": [{"role": "user", "content": "x", "score": "high"}]}]), "wrong type"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"{name}.*{said}"):
+        load_conversations(path)
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_conversations(tmp_path / "absent.json")
+    with pytest.raises(InputError, match="on_bad_row"):
+        load_conversations(tmp_path / "absent.json", on_bad_row="skip")
+    with pytest.raises(InputError, match="format: expected one of"):
+        load_conversations(tmp_path / "absent.json", format="csv")
+
+
+def test_a_forced_format_wins(tmp_path):
+    row = GOOD | {"instruction": "i", "output": "o"}
+    path = write(tmp_path, [row])
+    assert texts(load_conversations(path)) == [[("user", "a"), ("assistant", "b")]]
+    assert texts(load_conversations(path, format="instruction")) == [[("user", "i"), ("assistant", "o")]]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the sample conversations are not at {DATA}")
+@pytest.mark.parametrize("name, key", [("sharegpt_sample", "conversations"), ("instruction_sample", "instruction")])
+def test_the_public_samples_load_whole(name, key):
+    rows = json.loads((DATA / f"{name}.json").read_text())
+    corpus = load_conversations(DATA / f"{name}.json")
+    assert len(corpus) == len(rows) and corpus.dropped.empty
+    for conversation, row in zip(corpus.conversations, rows, strict=True):
+        if key == "conversations":
+            assert [message.content for message in conversation.messages] == [turn["value"] for turn in row[key]]
+        else:
+            assert conversation.messages[0].content.startswith(row[key])
+            assert row["input"] in conversation.messages[0].content
+            assert conversation.messages[1].content == row["output"]
