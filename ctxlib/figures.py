@@ -194,7 +194,7 @@ def bars_with_intervals(
     ylabel: str = "score (fraction)",
     paper: pd.DataFrame | None = None,
     colours: Mapping[str, str] | None = None,
-    ylim: tuple[float, float] | None = (0, 1),
+    ylim: tuple[int | float, int | float] | None = (0, 1),
     title: str | None = None,
     subtitle: str | None = None,
 ) -> Figure:
@@ -714,8 +714,8 @@ def _finish(
 ) -> Figure:
     """Adds a header (title, subtitle, legend) above the axes and a note below; the figure grows by their height."""
     width, height = fig.get_size_inches()
-    titles = textwrap.wrap(title or "", int(width * 10.2))
-    subtitles = textwrap.wrap(subtitle or "", int(width * 13.2))
+    titles = textwrap.wrap(title or "", int(width * 9.2))
+    subtitles = textwrap.wrap(subtitle or "", int(width * 12))
     columns, legend_rows = _legend_shape([handle.get_label() for handle in legend], width)
     header = 0.08 + 0.25 * len(titles) + 0.19 * len(subtitles) + 0.24 * legend_rows + 0.06 * bool(legend)
     footer = 0.24 if note else 0.04
@@ -803,9 +803,8 @@ def _stack(ax: Axes, shares: pd.DataFrame, colours: Mapping[str, str], *, horizo
             ax.barh(places, values, 0.72, left=base, color=colour, edgecolor="white", lw=0.6)
             for place, value, left in zip(places, values, base, strict=True):
                 if value > 0.04:
-                    ax.text(
-                        left + value / 2, place, f"{value:.2f}", ha="center", va="center", size=8.5, color=_on(colour)
-                    )
+                    ink = {"size": 8.5, "color": _on(colour), "clip_on": True}
+                    ax.text(left + value / 2, place, f"{value:.2f}", **ink, **_CENTRED)
         else:
             ax.bar(places, values, 0.86, bottom=base, color=colour, edgecolor="white", lw=0.4)
         base = base + values

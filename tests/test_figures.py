@@ -32,6 +32,12 @@ def values(**axes) -> pd.DataFrame:
     return frame.assign(value=value, ci_low=value - 0.05, ci_high=value + 0.05, n=40)
 
 
+def shares(layers) -> pd.DataFrame:
+    """Attention by role that sums to one."""
+    frame = values(condition=CONDITIONS, layer=layers, role=ROLES)
+    return frame.assign(value=frame["value"] / frame.groupby(["condition", "layer"])["value"].transform("sum"))
+
+
 def curves(x: str, y: str) -> pd.DataFrame:
     return pd.DataFrame(
         {"layer": np.repeat([0, 1, 2], 5), x: np.tile(np.linspace(0, 1, 5), 3), y: rng.random(15)}
@@ -62,8 +68,8 @@ DRAWN = {
     "steering": lambda: figures.steering_curve(
         values(task=["needle", "facts"], steering_alpha=[1.0, 0.95, 0.5, 0.01]), paper=values(task=["needle"])
     ),
-    "allocation": lambda: figures.allocation_by_role(values(condition=CONDITIONS, layer=range(3), role=ROLES)),
-    "allocation_one_layer": lambda: figures.allocation_by_role(values(condition=CONDITIONS, layer=[2], role=ROLES)),
+    "allocation": lambda: figures.allocation_by_role(shares(range(3))),
+    "allocation_one_layer": lambda: figures.allocation_by_role(shares([2])),
     "shift": lambda: figures.allocation_shift(values(layer=range(6), role=["bos", "user", "assistant"])),
     "shift_panels": lambda: figures.allocation_shift(values(condition=["a", "b"], layer=[3], role=["user"])),
     "heads": lambda: figures.head_map(values(layer=range(6), head=range(4))),

@@ -1,0 +1,196 @@
+"""Batched answers against one-by-one greedy loops; the response cache against a model that must not be called."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from ctxlib import generate
+from ctxlib.conversations import Message, Question
+from ctxlib.generate import COLUMNS, answer_questions
+from ctxlib.models import add_indicator
+from ctxlib.params import InputError
+from ctxlib.roles import role_map
+
+TEXTS = (
+    "Hi?",
+    "What does Mira collect, and where does she keep it?",
+    "Ok",
+    "Who lives beside the old mill?",
+    "Why so?",
+)
+QUESTIONS = [
+    Question(f"q{number}", "facts", "known", (Message("system", "Be brief."), Message("user", text)), "Well,")
+    for number, text in enumerate(TEXTS)
+]
+DECODING = {"max_new_tokens": 12, "batch_size": 2, "model_key": "tiny", "progress": False}
+PLAIN = {**DECODING, "template": True, "indicator": None, "use_prefix": False}
+
+
+def greedy_loop(model, tokenizer, prompt, max_new_tokens=12):
+    """Unbatched, unpadded, uncached: the whole sequence through the model for every token."""
+    ids, written = prompt.ids.tolist(), []
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+        written.append(token)
+    return tokenizer.decode(written, skip_special_tokens=True).strip(), len(written)
+
+
+def never(*args, **kwargs):
+    raise AssertionError("the model was called")
+
+
+@pytest.mark.parametrize(
+    ("template", "use_prefix", "indicator"), [(True, False, None), (True, True, "[IND]"), (False, True, None)]
+)
+def test_batched_answers_equal_manual_greedy_loops(model, tokenizer, template, use_prefix, indicator):
+    if indicator:
+        tokenizer = copy.deepcopy(tokenizer)
+        add_indicator(model, tokenizer, indicator)
+    frame = answer_questions(
+        model, tokenizer, QUESTIONS, template=template, indicator=indicator, use_prefix=use_prefix, **DECODING
+    )
+    assert tuple(frame.columns) == COLUMNS
+    assert list(frame["id"]) == [question.id for question in QUESTIONS]
+    for question, row in zip(QUESTIONS, frame.itertuples(), strict=True):
+        system, user = question.messages
+        prompt = role_map(
+            tokenizer,
+            [system, Message("user", user.content, indicated=indicator is not None)],
+            template=template,
+            generation_prompt=True,
+            response_prefix="Well," if use_prefix else "",
+            indicator=indicator,
+        )
+        assert row.prompt == tokenizer.decode(prompt.ids)
+        assert row.prompt.count("[IND]") == (indicator is not None)
+        assert (row.answer, row.answer_tokens) == greedy_loop(model, tokenizer, prompt)
+
+
+def test_a_models_own_generation_config_changes_nothing(model, tokenizer):
+    expected = answer_questions(model, tokenizer, QUESTIONS, **PLAIN)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.max_length = 3
+    theirs = model.generation_config
+    assert answer_questions(model, tokenizer, QUESTIONS, **PLAIN).equals(expected)
+    assert model.generation_config is theirs
+
+
+def test_an_answer_stops_before_the_stop_text_and_at_every_end_token(model, tokenizer):
+    free = answer_questions(model, tokenizer, QUESTIONS, **PLAIN)
+    longest = free.loc[free["answer"].str.len().idxmax(), "answer"]
+    stop = longest[len(longest) // 2]
+    stopped = answer_questions(model, tokenizer, QUESTIONS, stop_text=stop, **PLAIN)
+    assert list(stopped["answer"]) == [answer.split(stop)[0].strip() for answer in free["answer"]]
+    assert (stopped["answer_tokens"] <= free["answer_tokens"]).all()
+    assert stopped["answer_tokens"].sum() < free["answer_tokens"].sum()
+    prompt = role_map(tokenizer, QUESTIONS[0].messages, generation_prompt=True)
+    with torch.no_grad():
+        second_end = int(model(prompt.ids[None]).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, second_end]
+    assert answer_questions(model, tokenizer, QUESTIONS, **PLAIN)["answer_tokens"][0] == 0
+
+
+def test_cached_answers_are_taken_without_the_model_and_a_torn_line_is_written_anew(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    expected = answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == len(QUESTIONS)
+    file.write_bytes(b"".join(lines[:3]) + lines[3][:17])  # killed in the middle of the fourth
+    called_for = []
+    greedy = generate._greedy
+    monkeypatch.setattr(generate, "_greedy", lambda *args: called_for.extend(args[2]) or greedy(*args))
+    assert answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN).equals(expected)
+    assert len(called_for) == 2
+    assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
+    model.forward = never
+    assert answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN).equals(expected)
+    with pytest.raises(AssertionError, match="was called"):
+        answer_questions(model, tokenizer, QUESTIONS, **PLAIN)
+
+
+def test_a_killed_run_keeps_the_batches_that_it_had_finished(model, tokenizer, tmp_path):
+    forward, prompts_seen = model.forward, []
+
+    def dying(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        prompts_seen.append(ids.shape) if ids.shape[1] > 1 else None
+        if len(prompts_seen) > 1:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    model.forward = dying
+    with pytest.raises(KeyboardInterrupt):
+        answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN)
+    (file,) = tmp_path.iterdir()
+    kept = [json.loads(line)["id"] for line in file.read_text().splitlines()]
+    assert sorted(kept) == ["q1", "q3"]  # the longest prompts go first
+
+
+def test_a_changed_prompt_under_the_same_id_is_answered_anew(model, tokenizer, tmp_path):
+    answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN)
+    changed = [Question("q0", "facts", "known", (Message("user", "Something else?"),)), *QUESTIONS[1:]]
+    cached = answer_questions(model, tokenizer, changed, cache_dir=tmp_path, **PLAIN)
+    assert cached.equals(answer_questions(model, tokenizer, changed, **PLAIN))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+def test_every_condition_has_a_cache_file_of_its_own(model, tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    add_indicator(model, tokenizer, "[IND]")
+
+    def run(model=model, **changes):
+        answer_questions(model, tokenizer, QUESTIONS[:1], cache_dir=tmp_path, **{**PLAIN, **changes})
+        return len(list(tmp_path.iterdir()))
+
+    changes = [{}, {"template": False}, {"indicator": "[IND]"}, {"use_prefix": True}, {"max_new_tokens": 3}]
+    changes += [{"stop_text": "\n"}, {"model_key": "other"}, {"steering_alpha": 0.5}, {"steering_alpha": 0.1}]
+    changes += [{"steering_alpha": 0.1, "steering_options": {"reading": "paper"}}]
+    assert [run(**change) for change in changes] == list(range(1, len(changes) + 1))
+    assert run() == len(changes)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert run(adapted) == len(changes) + 1
+    with torch.no_grad():
+        for name, weights in adapted.named_parameters():
+            if "lora_B" in name:
+                weights.add_(1.0)
+    assert run(adapted) == len(changes) + 2
+    assert run(adapted) == len(changes) + 2
+
+
+def test_steering_with_alpha_one_changes_nothing_and_strong_steering_changes_answers(model, tokenizer):
+    plain = answer_questions(model, tokenizer, QUESTIONS, **PLAIN)
+    assert answer_questions(model, tokenizer, QUESTIONS, steering_alpha=1, **PLAIN).equals(plain)
+    steered = answer_questions(model, tokenizer, QUESTIONS, steering_alpha=1e-4, **PLAIN)
+    assert (steered["answer"] != plain["answer"]).any()
+    one_by_one = answer_questions(model, tokenizer, QUESTIONS, steering_alpha=1e-4, **{**PLAIN, "batch_size": 1})
+    assert one_by_one.equals(steered)
+
+
+def test_bad_questions_and_damaged_caches_are_named(model, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="'q1' is there more than once"):
+        answer_questions(model, tokenizer, [QUESTIONS[1], *QUESTIONS], **PLAIN)
+    with pytest.raises(InputError, match=r"'q1'.*window of 512"):
+        answer_questions(model, tokenizer, QUESTIONS, **{**PLAIN, "max_new_tokens": 500})
+    answer_questions(model, tokenizer, QUESTIONS[:2], cache_dir=tmp_path, **PLAIN)
+    (file,) = tmp_path.iterdir()
+    file.write_text("not JSON\n" + file.read_text())
+    with pytest.raises(InputError, match=r"line 1.*delete the file"):
+        answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN)
+
+
+def test_no_questions_make_an_empty_frame(model, tokenizer):
+    frame = answer_questions(model, tokenizer, [], **PLAIN)
+    assert tuple(frame.columns) == COLUMNS
+    assert frame.empty
