@@ -503,6 +503,7 @@ def length_histograms(
     fig, axes = _panels(1, len(names), max(6.4, 3.6 * len(names)), 3.4, sharey=True)
     low, high = max(1, frame[length].min()), frame[length].max() + 1
     edges = np.unique(np.round(np.geomspace(low, high, bins + 1))) - 0.5
+    ticks = [step * 10**power for power in range(7) for step in (1, 2, 5)]
     for ax, name in zip(axes[0], names, strict=True):
         part = frame if name is None else frame[frame[panel] == name]
         picked = part.loc[part["selected"].astype(bool), length]
@@ -513,7 +514,9 @@ def length_histograms(
         caption = f"n = {len(part):,}, selected {len(picked):,}"
         ax.set_title(caption if name is None else f"{_drawable(str(name))}: {caption}", fontsize=9, fontweight="normal")
         ax.set(xscale="log", xlabel=xlabel, ylabel="turns (% of their group)", xlim=(edges[0], edges[-1]))
+        ax.set_xticks([tick for tick in ticks if edges[0] < tick < edges[-1]])
         ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(axis="y")
         ax.label_outer()
     legend = [
@@ -651,14 +654,17 @@ def loss_curves(
     ax = axes[0, 0]
     for name, colour in colours.items():
         part = log[log[hue] == name].dropna(subset=[y]).sort_values(x)
-        ax.plot(part[x], part[y], color=colour, lw=0.8 if smooth > 1 else 1.6, alpha=0.3 if smooth > 1 else 1)
+        marker = "o" if len(part) <= 40 else None
+        thin = {"lw": 0.8, "alpha": 0.3} if smooth > 1 else {"lw": 1.6, "marker": marker, "ms": 3.5}
+        ax.plot(part[x], part[y], color=colour, **thin)
         if smooth > 1:
             ax.plot(part[x], part[y].rolling(smooth, center=True, min_periods=1).mean(), color=colour)
     ax.set(xlabel=f"{_words(x)} (optimiser steps)" if x == "step" else _words(x), ylabel=ylabel)
     ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y")
-    note = f"n = {log.groupby(hue)[y].count().max():,} steps a run" + (
+    note = f"n = {log.groupby(hue)[y].count().max():,} points a run" + (
         f" · line: mean of {smooth}" if smooth > 1 else ""
     )
     return _finish(fig, title, subtitle, note, _handles(colours, None))
