@@ -82,6 +82,7 @@ class Steering(Section):
 class Scoring(Section):
     layer: Layer
     reading: Reading
+    head_reduction: Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     threshold: Fraction
     token_budget: Count
