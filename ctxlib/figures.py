@@ -544,12 +544,14 @@ def fractions_over_beta(
     fig, axes = _panels(1, 1, 6.6, 3.7)
     ax = axes[0, 0]
     _lines(ax, frame, "threshold", hue, colours, marker="o" if frame["threshold"].nunique() < 15 else None)
-    for name, part in () if paper is None else paper.groupby(hue, sort=False):
+    for _, part in () if paper is None else paper.groupby(hue, sort=False):
         ax.plot(part["threshold"], part["fraction"], color=GREY, ls="--", lw=1.1, marker=".", zorder=1)
-        first = part.iloc[0]
-        ax.text(first["threshold"], first["fraction"], f"{name}  ", ha="right", va="center", size=8, color=GREY)
     ax.set(xlabel="threshold β (fraction of attention)", ylabel="turns with score > β (fraction)")
     ax.set_ylim(bottom=0)
+    place = -1.0
+    for _, last in () if paper is None else paper.groupby(hue).tail(1).sort_values("fraction").iterrows():
+        place = max(last["fraction"], place + 0.05 * ax.get_ylim()[1])
+        ax.text(last["threshold"], place, f"  {last[hue]}", ha="left", va="center", size=8, color=GREY)
     ax.grid(axis="y")
     return _finish(fig, title, subtitle, _note("bands", frame, "turns", paper), _handles(colours, paper))
 

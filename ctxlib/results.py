@@ -18,6 +18,7 @@ from tabulate import tabulate
 from ctxlib.params import InputError, Params
 
 PACKAGE = Path(__file__).resolve().parent
+MARKDOWN_ROWS = 500  # nobody reads more
 CLAIM_COLUMNS = ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
 
 
@@ -44,7 +45,10 @@ class Results:
         self._write_journal()
 
     def table(self, frame: pd.DataFrame, name: str, title: str) -> pd.DataFrame:
-        """Writes `tables/<name>.csv` (6 significant digits, no index) and `.md` (4 digits); gives the frame back."""
+        """Writes `tables/<name>.csv` (6 significant digits, no index) and `.md` (4 digits, at most 500 rows).
+
+        Gives the frame back.
+        """
         self._table(frame, self.folder / "tables" / name, title, self.provenance)
         return frame
 
@@ -190,10 +194,12 @@ def _csv(frame: pd.DataFrame) -> str:
 
 
 def _markdown(frame: pd.DataFrame, title: str, footer: str) -> str:
-    cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    cells = [[_cell(value) for value in row] for row in frame.head(MARKDOWN_ROWS).itertuples(index=False)]
     headers = [_cell(name) for name in frame.columns]
     alignment = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
     body = tabulate(cells, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment if cells else None)
+    if len(cells) < len(frame):
+        body += f"\n\nThe first {len(cells)} of {len(frame):,} rows; all are in the CSV file."
     return f"# {title}\n\n{body}\n\n*{footer}*\n"
 
 

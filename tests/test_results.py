@@ -57,6 +57,15 @@ def test_csv_is_pure_and_markdown_tells_where_it_is_from(params):
         assert fact in footer
 
 
+def test_a_long_table_is_whole_in_csv_and_short_in_markdown(params):
+    results = open_results(params, "01_test")
+    results.table(pd.DataFrame({"n": range(1200)}), "long", "Many rows")
+    assert len(results.read_table("long")) == 1200
+    lines = (params.output_dir / "tables" / "long.md").read_text().splitlines()
+    assert sum(line.startswith("|") for line in lines) == 2 + 500
+    assert "The first 500 of 1,200 rows; all are in the CSV file." in lines
+
+
 def test_two_runs_write_identical_bytes(tmp_path):
     digests = []
     for run in ("a", "b"):

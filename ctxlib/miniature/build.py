@@ -1,7 +1,6 @@
 """Both shipped models from nothing, and their model cards: `ctxlib miniature --out DIR`."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -32,7 +31,7 @@ SHARES = {
     "multi_turn": 0.05,
 }
 CHATS = {"n": 6000, "seed": 0}
-VANILLA_SFT = {"method": "full", "steps": 600, "batch_size": 32, "learning_rate": 5e-4, "warmup_fraction": 0.1}
+VANILLA_SFT = {"method": "full", "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "warmup_fraction": 0.1}
 EXAM = {"lengths": [100, 200, 300, 400], "depths": [0, 25, 50, 75, 100], "per_cell": 26, "seed": 2024}  # n = 520
 ANSWER_TOKENS = 64
 
@@ -149,9 +148,3 @@ def _card(folder: Path, measures: pd.DataFrame) -> None:
         "Retrained by `ctxlib miniature --out DIR`; stopped and called again it goes on from its last checkpoint.",
     ]
     write(folder / "README.md", "\n".join(lines) + "\n")
-
-
-def install(source: Path, target: Path) -> None:
-    """Put the models of a finished build where the package looks for them."""
-    for name in ("pretrained", "instruct"):
-        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
