@@ -16,7 +16,7 @@ PROMPT = (
 )
 
 
-def place_needle(sentences: Sequence[str], needle: str, depth_percent: float) -> str:
+def place_needle(sentences: Sequence[str], needle: str, depth_percent: int | float) -> str:
     """The text with the needle before the sentence at that depth: 0 puts it first, 100 last (paper section 2.1)."""
     place = round(depth_percent / 100 * len(sentences))
     return " ".join([*sentences[:place], needle, *sentences[place:]])
@@ -44,7 +44,7 @@ def text_needles(
     keywords: Sequence[str],
     response_prefix: str = "",
     lengths: Sequence[int],
-    depths: Sequence[float],
+    depths: Sequence[int | float],
     per_cell: int,
     seed: int,
 ) -> list[Question]:

@@ -302,7 +302,7 @@ def _told_fact(town: Town, kind: str, rng: random.Random) -> tuple[Fact, Fact | 
 
 
 def needles(
-    town: Town, lengths: Sequence[int], depths: Sequence[float], per_cell: int, seed: int,
+    town: Town, lengths: Sequence[int], depths: Sequence[int | float], per_cell: int, seed: int,
     kinds: Sequence[str] = ("unknown", "contradicting"),
 ) -> list[Question]:  # fmt: skip
     """Needle in a haystack: one fact at a depth (percent) of a haystack of fillers and of facts about other people.
