@@ -155,7 +155,8 @@ def test_indicator_rows_are_the_mean_of_the_old_rows(model, tokenizer, model_fol
     assert torch.equal(new_in[:-1], old_in) and torch.equal(new_out[:-1], old_out)
     torch.testing.assert_close(new_in[-1], old_in.mean(0))
     torch.testing.assert_close(new_out[-1], old_out.mean(0))
-    assert torch.equal(logits(model)[..., :-1], before)
+    # a product with one more column may round in another order
+    torch.testing.assert_close(logits(model)[..., :-1], before)
     assert model.config.vocab_size == n_tokens + 1
 
 
