@@ -14,7 +14,7 @@ NEEDS = {
     "01_attention_shift": [],
     "02_context_dependency": [],
     "03_indicator_sft": ["02_context_dependency"],
-    "04_evaluation": ["03_indicator_sft"],
+    "04_evaluation": ["01_attention_shift", "03_indicator_sft"],  # its last figure shows the claims of all
 }
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")
