@@ -25,12 +25,14 @@ def attention_allocation(
     layers: Sequence[int] | None = None,
     steering_alpha: float | None = None,
     reading: Literal["clean", "paper"] = "clean",
+    names: Sequence[str] = ROLES,
 ) -> pd.DataFrame:
     """Attention of the last token, which yields the first token of the answer, summed by role.
 
     A tidy frame `example, layer, head, role, attention_allocation`: examples numbered as in `maps`, fractions in
-    [0, 1] that sum to one over the five roles. With a `steering_alpha` the attention is steered to the user's tokens.
-    Only the layers asked for and those below them are run. Reference: Wang et al. 2024, section 2.2.
+    [0, 1] that sum to one over the five roles, which go by `names` (`PARTS` for maps with the question apart). With a
+    `steering_alpha` the attention is steered to the user's tokens. Only the layers asked for and those below them are
+    run. Reference: Wang et al. 2024, section 2.2.
     """
     if not maps:
         raise InputError("there is nothing to measure: give at least one example")
@@ -49,7 +51,7 @@ def attention_allocation(
         # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.
         with torch.inference_mode(), steering, recorder as recording:
             model(input_ids=batch.input_ids.to(device), use_cache=False)
-        frames.append(_tidy(recording.allocation[:, :, :, -1].cpu(), recording.layers, examples))
+        frames.append(_tidy(recording.allocation[:, :, :, -1].cpu(), recording.layers, examples, names))
     return pd.concat(frames).sort_values(CELL[:3], kind="stable", ignore_index=True)
 
 
@@ -100,9 +102,12 @@ def mean_over_heads(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tidy(
-    allocation: Float32[Tensor, "layer example head role"], layers: Sequence[int], examples: Sequence[int]
+    allocation: Float32[Tensor, "layer example head role"],
+    layers: Sequence[int],
+    examples: Sequence[int],
+    names: Sequence[str],
 ) -> pd.DataFrame:
-    axes = {"layer": layers, "example": examples, "head": range(allocation.shape[2]), "role": ROLES}
+    axes = {"layer": layers, "example": examples, "head": range(allocation.shape[2]), "role": names}
     cells = pd.MultiIndex.from_product(axes.values(), names=axes)
     frame = pd.Series(allocation.double().flatten().numpy(), index=cells, name="attention_allocation").reset_index()
     return frame[[*CELL, "attention_allocation"]]

@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 ROLE_COLOURS = {  # what somebody wrote in Okabe and Ito's colours, scaffolding in greys: told apart by everybody
     "bos": "#4D4D4D",
@@ -646,6 +646,7 @@ def loss_curves(
     y: str = "loss",
     hue: str = "run",
     smooth: int = 1,
+    logarithmic: bool = False,
     ylabel: str = "loss (nats per supervised token)",
     title: str | None = "Training loss",
     subtitle: str | None = None,
@@ -662,7 +663,13 @@ def loss_curves(
         if smooth > 1:
             ax.plot(part[x], part[y].rolling(smooth, center=True, min_periods=1).mean(), color=colour)
     ax.set(xlabel=f"{_words(x)} (optimiser steps)" if x == "step" else _words(x), ylabel=ylabel)
-    ax.set_ylim(bottom=0)
+    if logarithmic:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+    else:
+        ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y")

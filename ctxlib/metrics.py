@@ -108,7 +108,8 @@ def wilson_interval(successes: int | float, n: int, *, level: float = 0.95) -> t
     share, slack = successes / n, z * z / n
     centre = (share + slack / 2) / (1 + slack)
     half = z / (1 + slack) * np.sqrt(share * (1 - share) / n + slack / (4 * n))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return (low if successes else 0.0), (high if successes < n else 1.0)
 
 
 def bootstrap_interval(

@@ -33,6 +33,7 @@ from ctxlib.conversations import Message
 from ctxlib.params import InputError
 
 ROLES = ("bos", "system", "user", "assistant", "template")
+PARTS = ("bos", "question", "passage", "assistant", "template")  # what the roles mean after `question_apart`
 PLAIN_SEPARATOR = "\n\n"
 
 
@@ -173,6 +174,19 @@ def content_alignment(on: RoleMap, off: RoleMap) -> Int[Tensor, "pair 2"]:
     of_off = pieces(off)
     pairs = [(position, of_off[piece]) for piece, position in pieces(on).items() if piece in of_off]
     return torch.tensor(sorted(pairs), dtype=torch.long).reshape(-1, 2)
+
+
+def question_apart(rendered: RoleMap, messages: Sequence[Message]) -> RoleMap:
+    """The same tokens with the user's told apart: the question, the last line of the last message, and all the rest.
+
+    The roles are then to be read as `PARTS`: the passage stands in the user's place, the question in that of a system
+    text. Raises InputError for a map that does not know its characters or that has a system text.
+    """
+    if rendered.chars is None or (rendered.roles == Role.SYSTEM).any():
+        raise InputError("question_apart: needs a map made by role_map, of messages without a system text")
+    start = sum(len(message.content) for message in messages[:-1]) + messages[-1].content.rfind("\n") + 1
+    is_question = (rendered.roles == Role.USER) & (rendered.chars[:, 1] > start)
+    return dataclasses.replace(rendered, roles=torch.where(is_question, int(Role.SYSTEM), rendered.roles))
 
 
 def pad_batch(maps: Sequence[RoleMap], pad_id: int, side: str = "left") -> RoleBatch:

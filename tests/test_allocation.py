@@ -14,7 +14,7 @@ from ctxlib.allocation import (
     retrieval_head,
 )
 from ctxlib.params import InputError
-from ctxlib.roles import ROLES, RoleMap
+from ctxlib.roles import PARTS, ROLES, RoleMap
 
 
 def random_maps(lengths, seed=0):
@@ -54,6 +54,15 @@ def test_frame_matches_eager_patterns_one_by_one(model: PreTrainedModel, batch_s
     maps = random_maps([12, 7, 20, 9])
     found = attention_allocation(model, maps, batch_size=batch_size, pad_token_id=0)
     pd.testing.assert_frame_equal(found, eager_frame(model, maps), atol=5e-6, rtol=0, check_dtype=False)
+
+
+def test_the_five_roles_can_go_by_other_names(model: PreTrainedModel):
+    maps = random_maps([12, 7])
+    plain, named = (
+        attention_allocation(model, maps, batch_size=2, pad_token_id=0, **n) for n in ({}, {"names": PARTS})
+    )
+    assert named.role.tolist() == plain.role.replace(dict(zip(ROLES, PARTS, strict=True))).tolist()
+    assert named.attention_allocation.equals(plain.attention_allocation)
 
 
 def test_chosen_layers_are_those_of_the_whole_frame(model: PreTrainedModel):

@@ -92,6 +92,7 @@ DRAWN = {
     "auc": lambda: figures.layer_auc(values(layer=range(6)), chosen_layer=3),
     "auc_readings": lambda: figures.layer_auc(values(layer=range(6), reading=["clean", "paper"]), hue="reading"),
     "loss": lambda: figures.loss_curves(LOG, smooth=3),
+    "loss_logarithmic": lambda: figures.loss_curves(LOG, logarithmic=True),
     "needle": lambda: figures.needle_heatmap(
         values(condition=[*CONDITIONS, "d", "e"], depth_percent=[0, 50, 100], context_length_tokens=[100, 400])
     ),

@@ -16,7 +16,17 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 import ctxlib.roles
 from ctxlib.conversations import Message
 from ctxlib.params import InputError
-from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleMap, content_alignment, pad_batch, role_map
+from ctxlib.roles import (
+    PARTS,
+    PLAIN_SEPARATOR,
+    Role,
+    RoleMap,
+    content_alignment,
+    pad_batch,
+    question_apart,
+    role_map,
+    role_table,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BOS, SYSTEM, USER, ASSISTANT, TEMPLATE = Role
@@ -322,6 +332,28 @@ def test_alignment_needs_maps_that_know_their_characters():
     bare = RoleMap(*torch.zeros(3, 4, dtype=torch.long))
     with pytest.raises(InputError, match="role_map"):
         content_alignment(bare, bare)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_question_is_the_last_line_of_the_last_message(tokenizer, template):
+    messages = [Message("user", "one\ntwo?"), Message("assistant", "2\n"), Message("user", "a\nb\nwhy?")]
+    whole = role_map(tokenizer, messages, template=template, generation_prompt=True, response_prefix="so\nit")
+    apart = question_apart(whole, messages)
+    tokens = role_table(tokenizer, apart).token
+    text = {name: "".join(tokens[apart.roles.numpy() == part]) for part, name in enumerate(PARTS)}
+    assert text["question"] == "why?" and text["passage"] == "one\ntwo?a\nb\n" and text["assistant"] == "2\nso\nit"
+    others = whole.roles != Role.USER
+    assert torch.equal(apart.roles[others], whole.roles[others]) and torch.equal(apart.ids, whole.ids)
+    one_line = question_apart(
+        role_map(tokenizer, [Message("user", "why?")], template=template), [Message("user", "why?")]
+    )
+    assert Role.USER not in one_line.roles
+
+
+def test_the_question_cannot_be_told_apart_beside_a_system_text(tokenizer):
+    messages = [Message("system", "s"), Message("user", "why?")]
+    with pytest.raises(InputError, match="system text"):
+        question_apart(role_map(tokenizer, messages), messages)
 
 
 @few
