@@ -6,6 +6,11 @@ THRESHOLD = 0.6  # β of every model in table 3
 TOP = 0.1  # the fraction of turns that figure 6 compares between layers
 
 
+def paper_layer(depth: int) -> int:
+    """The layer (from 0) that stands where the paper's scores were taken: layer 15 of TinyLlama's 22, to scale."""
+    return min(round(depth * 15 / 22), depth - 1)
+
+
 def table_10() -> pd.DataFrame:
     """Fraction of instructions whose score is over β: dataset, threshold, fraction. TinyLlama, layer 15 of 22."""
     fractions = {
