@@ -200,26 +200,6 @@ def fact_sample(params: Params, n: int) -> pd.DataFrame:
     return pd.DataFrame([{"resident": name} | {r: f.predicate for r, f in facts.items()} for name, facts in people])
 
 
-def turn_kinds(corpus: Corpus) -> pd.DataFrame:
-    """Answers by kind: their number, mean length in words, and the truth where it is known."""
-    turns = pd.DataFrame(
-        [
-            {
-                "kind": m.kind or "unknown",
-                "depends_on_context": str(m.depends_on_context),
-                "words": len(m.content.split()),
-            }
-            for conversation in corpus.conversations
-            for m in conversation.messages
-            if m.role == "assistant"
-        ]
-    )
-    kinds = turns.groupby(["kind", "depends_on_context"], as_index=False).agg(
-        n=("words", "size"), mean_words=("words", "mean")
-    )
-    return kinds.assign(share=kinds.n / kinds.n.sum())
-
-
 def as_conversation(question: Question) -> Conversation:
     """A question with its first gold answer, as a conversation to look at."""
     return Conversation(question.id, (*question.messages, Message("assistant", question.answers[0])))

@@ -84,18 +84,22 @@ def mark_random(corpus: Corpus, n: int, seed: int) -> Corpus:
     return _rewrite_turns(corpus, lambda c, turn, user, a: (replace(user, indicated=(c.id, turn) in drawn), a))
 
 
-def marks(corpus: Corpus) -> pd.DataFrame:
-    """One row an answered turn: conversation, turn, kind, depends_on_context, score, indicated.
+def turn_table(corpus: Corpus) -> pd.DataFrame:
+    """What is known about every answered turn, a row each, in the corpus's order.
 
-    kind and depends_on_context (the truth: "True" or "False") are "unknown" where the data do not tell.
+    Columns: conversation, turn (from 1), kind ("unknown" where the data do not tell), depends_on_context (the truth:
+    True, False, or None where nobody knows it, as in all data that people wrote), score (NaN before `mark`), indicated,
+    words (of the answer).
     """
     rows = []
     for conversation in corpus.conversations:
         for turn, user, answer in answered_turns(conversation):
             asked, said = conversation.messages[user], conversation.messages[answer]
-            truth = "unknown" if said.depends_on_context is None else str(said.depends_on_context)
-            rows.append((conversation.id, turn, said.kind or "unknown", truth, said.score, asked.indicated))
-    return pd.DataFrame(rows, columns=["conversation", "turn", "kind", "depends_on_context", "score", "indicated"])
+            known = (said.kind or "unknown", said.depends_on_context, said.score, asked.indicated)
+            rows.append((conversation.id, turn, *known, len(said.content.split())))
+    columns = ["conversation", "turn", "kind", "depends_on_context", "score", "indicated", "words"]
+    types = {"turn": "int64", "depends_on_context": object, "score": "float64", "indicated": bool, "words": "int64"}
+    return pd.DataFrame(rows, columns=columns).astype(types)
 
 
 def marked_example(corpus: Corpus) -> Conversation:

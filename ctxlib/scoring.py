@@ -227,21 +227,6 @@ def answered_turns(conversation: Conversation) -> list[tuple[int, int, int]]:
     return found
 
 
-def turn_truth(corpus: Corpus) -> pd.DataFrame:
-    """What is known about every answered turn: conversation, turn, kind and depends_on_context.
-
-    kind is "unknown" and depends_on_context None where the answer carries no truth, as in all data that people wrote.
-    """
-    rows = [
-        (conversation.id, turn, answer.kind or "unknown", answer.depends_on_context)
-        for conversation in corpus.conversations
-        for turn, _, i in answered_turns(conversation)
-        for answer in [conversation.messages[i]]
-    ]
-    truth = pd.DataFrame(rows, columns=["conversation", "turn", "kind", "depends_on_context"])
-    return truth.astype({"turn": "int64", "depends_on_context": object})
-
-
 def length_buckets(examples: Sequence[Example], token_budget: int) -> Iterator[list[Example]]:
     """Batches of similar length, the longest first, of at most token_budget tokens with padding, or of one example."""
     batch: list[Example] = []

@@ -15,11 +15,12 @@ from ctxlib.indicator import (
     mark_oracle,
     mark_random,
     marked_example,
-    marks,
     threshold_for_fraction,
+    turn_table,
 )
 from ctxlib.params import InputError
 from ctxlib.roles import Role, role_map
+from ctxlib.scoring import score_corpus
 
 
 def turn(user, answer, depends=None):
@@ -65,13 +66,28 @@ def test_marking_again_replaces_the_marks(corpus):
     assert again == mark(corpus, SCORES, 0.7, layer=2) or users(again) == users(mark(corpus, SCORES, 0.7, layer=2))
 
 
-def test_marks_have_a_row_an_answered_turn_with_score_and_truth(corpus):
-    frame = marks(mark(corpus, SCORES, 0.6, layer=2))
+def test_the_turn_table_has_a_row_an_answered_turn_with_score_and_truth(corpus):
+    frame = turn_table(mark(corpus, SCORES, 0.6, layer=2))
     assert list(zip(frame.conversation, frame.turn, strict=True)) == [("p", 1), ("p", 2), ("q", 1), ("r", 1)]
     assert list(frame.indicated) == [False, True, True, False]
     assert list(frame.score) == [0.6, 0.61, 0.9, 0.1]
-    assert list(frame.depends_on_context) == ["True", "False", "True", "False"]
-    assert set(frame.kind) == {"unknown"}
+    assert list(frame.depends_on_context) == [True, False, True, False]
+    assert set(frame.kind) == {"unknown"} and set(frame.words) == {1}
+
+
+def test_the_turn_table_says_where_nothing_is_known():
+    known = (Message("user", "a b"), Message("assistant", "c d e", kind="passage", depends_on_context=False))
+    unknown = (Message("user", "f"), Message("assistant", "g"))
+    made = Corpus((Conversation("x", (*known, *unknown)),), pd.DataFrame({"reason": [], "n": []}), "a test")
+    told, untold = turn_table(made).itertuples(index=False)
+    assert told[:4] == ("x", 1, "passage", False) and told.words == 3
+    assert untold[:4] == ("x", 2, "unknown", None)
+    assert turn_table(made).score.isna().all() and not turn_table(made).indicated.any()
+
+
+def test_the_turn_table_has_the_rows_of_the_scores(model, tokenizer, corpus):
+    scores = score_corpus(model, tokenizer, corpus, layers=[1], progress=False)
+    assert scores[["conversation", "turn"]].equals(turn_table(corpus)[["conversation", "turn"]])
 
 
 def test_the_example_shows_marked_and_unmarked_turns_if_there_are_such(corpus):

@@ -11,7 +11,7 @@ from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, layer_agreement, length_buckets, reduce_heads, score_corpus, turn_truth
+from ctxlib.scoring import answered_turns, layer_agreement, length_buckets, reduce_heads, score_corpus
 
 
 @pytest.fixture(scope="module")
@@ -274,16 +274,6 @@ def test_buckets_keep_the_token_budget_and_lose_nobody():
     assert sorted(int(e.id) for bucket in buckets for e in bucket) == [1, 5, 6, 7, 30, 31, 90]
     assert all(len(b) == 1 or max(len(e.map) for e in b) * len(b) <= 64 for b in buckets)
     assert len(buckets) == 3
-
-
-def test_turn_truth_has_a_row_for_every_scored_turn_and_says_where_nothing_is_known(model, tokenizer, corpus):
-    truth = turn_truth(corpus)
-    assert set(truth["kind"]) == {"unknown"} and truth["depends_on_context"].isna().all()
-    scores = score_corpus(model, tokenizer, corpus, layers=[1], progress=False)
-    assert scores[["conversation", "turn"]].equals(truth[["conversation", "turn"]])
-    told = [Message("user", "a"), Message("assistant", "b", kind="passage", depends_on_context=False)]
-    (row,) = turn_truth(corpus_of(Conversation("told", tuple(told)))).itertuples(index=False)
-    assert tuple(row) == ("told", 1, "passage", False)
 
 
 def frame_of(**by_layer):
