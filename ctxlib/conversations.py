@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -50,13 +50,22 @@ class Conversation:
     messages: tuple[Message, ...]
 
 
+def _no_rows() -> pd.DataFrame:
+    return pd.DataFrame(columns=["place", "key", "reason", "remedy"], dtype=str)
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Conversations, and how many rows or turns were dropped for which reason (columns reason, n)."""
+    """Conversations, and how many rows or turns were dropped for which reason (columns reason, n).
+
+    `dropped_rows` lists the rows that were dropped whole, in their order (columns place, key, reason, remedy).
+    """
 
     conversations: tuple[Conversation, ...]
     dropped: pd.DataFrame
     source: str
+    dropped_rows: pd.DataFrame = field(default_factory=_no_rows)
+    format: str | None = None
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -79,68 +88,137 @@ class Question:
 
 
 def load_conversations(
-    path: str | Path, *, format: str | None = None, on_bad_row: str = "error", remove_refusals: bool = False
+    source: str | Path,
+    *,
+    format: str | None = None,
+    on_bad_row: str = "error",
+    max_bad_rows: float = 1.0,
+    remove_refusals: bool = False,
+    limit: int | None = None,
+    split: str = "train",
 ) -> Corpus:
-    """Conversations of a .json, .jsonl or .parquet file.
+    """Conversations of a .json, .jsonl or .parquet file, of a folder of such files, or of a hub's dataset `owner/name`.
 
-    Formats, told by the keys of the first row unless forced by `format`: `sharegpt` (conversations: from, value),
+    Formats, told by the keys of the first good row unless forced by `format`: `sharegpt` (conversations: from, value),
     `messages` (messages: role, content; also what `save_conversations` writes) and `instruction` (instruction, input,
-    output; instruction and input are joined by an empty line). A row without an id is named by its number, from 1.
+    output; instruction and input are joined by an empty line). A row without an id is named by its number, from 1. Of
+    a folder the files are read in the order of their names; of a hub's dataset, the `split`.
 
-    A row is bad if a key is missing, a text is not a string or not valid Unicode, a role is unknown, a turn is empty,
-    it starts with the assistant, has no user turn, has the same role twice in a row or a system text after the first
-    message, or has the id of an earlier row. With `on_bad_row="error"` the first one raises; with `"drop"` leading
-    answers (paper: chunks without a user instruction) and an empty system text are taken away, every other bad row is
-    dropped whole, and all are counted by reason. `remove_refusals` drops conversations with a refusal among the answers
-    (`REFUSALS`, anywhere in them, whatever the case), in either mode.
+    A row is bad if a line is no JSON, a key is missing, a text is not a string or not valid Unicode, a role is unknown,
+    a turn is empty, it starts with the assistant, has no user turn, has the same role twice in a row or a system text
+    after the first message, or has the id of an earlier row. With `on_bad_row="error"` the first one raises; with
+    `"drop"` leading answers (paper: chunks without a user instruction) and an empty system text are taken away, every
+    other bad row is dropped whole, counted by reason and listed. More than the fraction `max_bad_rows` of bad rows
+    raises. `remove_refusals` drops conversations with a refusal among the answers (`REFUSALS`, anywhere in them,
+    whatever the case), in either mode; they are listed, too, but not bad. `limit` stops after so many good ones.
 
-    Raises InputError, naming file, row and key, for a bad row, an unreadable file, or a file in none of the formats.
+    Raises InputError, naming file, row and key, for a bad row, too many of them, an unreadable file, a file in none of
+    the formats, and a dataset that the hub does not give.
     """
-    path = Path(path)
     if on_bad_row not in ("error", "drop"):
         raise InputError(f"on_bad_row: expected 'error' or 'drop', got '{on_bad_row}'")
+    if not 0 <= max_bad_rows <= 1:
+        raise InputError(f"max_bad_rows: expected a fraction from 0 to 1, got {max_bad_rows}")
     if format is not None and format not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got '{format}'")
-    conversations, dropped = {}, Counter()
-    for number, (place, row) in enumerate(_rows(path), start=1):
-        format = format or _format(path, place, row)
+    conversations, dropped, listed = {}, Counter(), []
+    n_rows, bad_rows = 0, []
+    for n_rows, (place, row) in enumerate(_rows(source, split), start=1):
         try:
-            conversation, removed = _conversation(row, format, number, mend=on_bad_row == "drop")
+            if isinstance(row, _BadRow):
+                raise row
+            format = format or _format(row)
+            conversation, removed = _conversation(row, format, n_rows, mend=on_bad_row == "drop")
             if conversation.id in conversations:
                 raise _BadRow("duplicate id", "id", f"'{conversation.id}' names an earlier row too; give each its own")
         except _BadRow as bad:
             if on_bad_row == "error":
-                hint = 'or drop such rows (on_bad_row="drop")'
-                raise InputError(f"{path}, {place}, {bad.key}: {bad.reason}: {bad.remedy}, {hint}") from None
+                hint = ", or drop such rows (on_bad_row: drop)" if format else ""
+                raise InputError(f"{source}, {bad.at(place)}: {bad.remedy}{hint}") from None
             dropped[bad.reason] += 1
+            bad_rows.append(f"{bad.at(place)}: {bad.remedy}")
+            listed.append((place, bad.key, bad.reason, bad.remedy))
             continue
         dropped.update(removed)
-        if remove_refusals and any(_is_refusal(message) for message in conversation.messages):
+        if remove_refusals and (refusals := [n for n, m in enumerate(conversation.messages) if _is_refusal(m)]):
             dropped["refusal"] += 1
+            listed.append((place, f"message {refusals[0] + 1}", "refusal", "removed on request"))
             continue
         conversations[conversation.id] = conversation
+        if len(conversations) == limit:
+            break
+    if n_rows == 0:
+        raise InputError(f"{source}: holds no rows")
     if format is None:
-        raise InputError(f"{path}: holds no rows")
+        raise InputError(f"{source}: every row is bad, from the first on: {bad_rows[0]}")
+    if len(bad_rows) > max_bad_rows * n_rows:
+        share = f"{len(bad_rows) / n_rows:.1%}, at most {max_bad_rows:.1%} may be"
+        first = "; ".join([*bad_rows[:3], *(["…"] if len(bad_rows) > 3 else [])])
+        remedy = "repair them, or allow more (max_bad_rows)"
+        raise InputError(f"{source}: {len(bad_rows):,} of {n_rows:,} rows are bad ({share}): {first}: {remedy}")
     counts = pd.DataFrame({"reason": list(dropped), "n": list(dropped.values())}).astype({"reason": str, "n": int})
-    return Corpus(tuple(conversations.values()), counts, str(path))
+    dropped_rows = pd.DataFrame(listed, columns=_no_rows().columns, dtype=str)
+    return Corpus(tuple(conversations.values()), counts, str(source), dropped_rows, format)
 
 
 def save_conversations(corpus: Corpus, path: str | Path) -> None:
-    """Writes the conversations as JSONL, beside the target and then renamed; `load_conversations` reads them back."""
+    """Writes the conversations, beside the target and then renamed, so that `load_conversations` reads them back.
+
+    Raises InputError unless the file is to be a .jsonl, .json or .parquet one.
+    """
     path = Path(path)
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise InputError(f"{path}: expected the name of a .jsonl, .json or .parquet file")
+    rows = [
+        {
+            "id": conversation.id,
+            "messages": [
+                {key: value for key, value in asdict(message).items() if value is not None}
+                for message in conversation.messages
+            ],
+        }
+        for conversation in corpus.conversations
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            for conversation in corpus.conversations:
-                messages = [
-                    {key: value for key, value in asdict(message).items() if value is not None}
-                    for message in conversation.messages
-                ]
-                file.write(json.dumps({"id": conversation.id, "messages": messages}, ensure_ascii=False) + "\n")
+        if path.suffix == ".parquet":
+            pd.DataFrame(rows, columns=["id", "messages"]).to_parquet(beside, index=False)
+        else:
+            with beside.open("w", encoding="utf-8", newline="\n") as file:
+                if path.suffix == ".json":
+                    json.dump(rows, file, ensure_ascii=False, indent=1)
+                else:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def is_hub_dataset(source: str | Path) -> bool:
+    """True for `owner/name` where no file or folder of that name is here, and the name is not a data file's."""
+    text = str(source)
+    elsewhere = isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    return elsewhere and not text.endswith("/") and Path(text).suffix not in _READERS and not Path(text).exists()
+
+
+def data_files(source: str | Path) -> list[Path]:
+    """The files that `load_conversations` reads, in its order: the file itself, or the data files of a folder.
+
+    Raises InputError where there are none.
+    """
+    path = Path(source).expanduser()
+    kinds = ", ".join(_READERS)
+    if path.is_dir():
+        files = sorted(inner for inner in path.iterdir() if inner.suffix in _READERS and inner.is_file())
+        if not files:
+            raise InputError(f"{source}: no data file in this folder (looked for {kinds})")
+        return files
+    if path.suffix not in _READERS:
+        raise InputError(
+            f"{source}: expected a .json, .jsonl or .parquet file, a folder of them, or a hub's owner/name"
+        )
+    return [path]
 
 
 @dataclass
@@ -149,20 +227,42 @@ class _BadRow(Exception):
     key: str
     remedy: str
 
+    def at(self, place: str) -> str:
+        return f"{place}, {self.key}: {self.reason}" if self.key else f"{place}: {self.reason}"
 
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Each row, with the words that name its place in the file."""
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise InputError(f"{path}: expected a .json, .jsonl or .parquet file")
+
+def _rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
+    """Each row, or the `_BadRow` that it is, with the words that name its place."""
+    if is_hub_dataset(source):
+        yield from _hub_rows(str(source), split)
+        return
+    files = data_files(source)
+    for path in files:
+        try:
+            for place, row in _READERS[path.suffix](path):
+                yield (place if len(files) == 1 else f"{path.name}, {place}"), row
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+        except OSError as error:
+            raise InputError(f"{path}: not readable: {error}") from error
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
+    import datasets  # takes seconds to import, and few need it
+
+    remedy = "or name a local .json, .jsonl or .parquet file"
     try:
-        yield from readers[path.suffix](path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: not readable: {error}") from error
+        rows = datasets.load_dataset(name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        page = f"https://huggingface.co/datasets/{name}"
+        raise InputError(f"{name}: no file here, and missing or gated on the hub: visit {page}, {remedy}") from error
+    except ConnectionError as error:
+        raise InputError(f"{name}: no file here, and the hub cannot be reached; try again online, {remedy}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{name}: not loadable from the hub: {' '.join(str(error).split())}; {remedy}") from error
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -177,14 +277,19 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: malformed JSON ({error.msg}); repair or remove it") from error
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return _BadRow("not UTF-8", "", f"byte {error.start} of the line is wrong; convert the file to UTF-8")
+    except (ValueError, RecursionError) as error:
+        return _BadRow("malformed JSON", "", f"{getattr(error, 'msg', error)}; repair or remove it")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -195,15 +300,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     yield from ((f"row {number}", row) for number, row in enumerate(frame.to_dict("records"), start=1))
 
 
-def _format(path: Path, place: str, row: object) -> str:
+_READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
+
+
+def _format(row: object) -> str:
     keys = list(row) if isinstance(row, dict) else []
     for format, key in FORMATS.items():
         if key in keys:
             return format
-    raise InputError(
-        f"{path}, {place}: unknown format: found {', '.join(map(repr, keys)) or 'no keys'}; "
-        f"expected one of the keys {', '.join(map(repr, FORMATS.values()))}"
-    )
+    found, expected = ", ".join(map(repr, keys)) or "no keys", ", ".join(map(repr, FORMATS.values()))
+    raise _BadRow("unknown format", "", f"found {found}; expected one of the keys {expected}")
 
 
 def _conversation(row: object, format: str, number: int, mend: bool) -> tuple[Conversation, Counter]:

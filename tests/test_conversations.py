@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import datasets
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctxlib.conversations import Conversation, Corpus, Message, load_conversations, save_conversations
+from ctxlib.conversations import Conversation, Corpus, Message, is_hub_dataset, load_conversations, save_conversations
 from ctxlib.params import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "conversations"
@@ -80,17 +81,25 @@ talks = st.tuples(
 ).map(lambda drawn: (*drawn[0], *(message for pair in drawn[1] for message in pair)))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("name", ["saved.jsonl", "saved.json", "saved.parquet"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.lists(talks, min_size=1, max_size=3))
-def test_what_is_saved_is_read_back_field_by_field(tmp_path, drawn):
+def test_what_is_saved_is_read_back_field_by_field(tmp_path, name, drawn):
     corpus = Corpus(tuple(Conversation(f"c{n}", talk) for n, talk in enumerate(drawn)), NOTHING, "here")
-    save_conversations(corpus, tmp_path / "folder" / "saved.jsonl")
-    assert load_conversations(tmp_path / "folder" / "saved.jsonl").conversations == corpus.conversations
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["saved.jsonl"]
+    save_conversations(corpus, tmp_path / "folder" / name)
+    assert load_conversations(tmp_path / "folder" / name).conversations == corpus.conversations
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [name]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = tmp_path / "saved.jsonl"
+def test_other_kinds_of_file_are_not_written(tmp_path):
+    with pytest.raises(InputError, match=r"saved\.csv: expected the name of a \.jsonl"):
+        save_conversations(Corpus((), NOTHING, "here"), tmp_path / "saved.csv")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["saved.jsonl", "saved.json", "saved.parquet"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, name):
+    path = tmp_path / name
     path.write_text("old")
     unwritable = Conversation("c", (Message("user", "\ud83d"),))
     with pytest.raises(UnicodeEncodeError):
@@ -115,7 +124,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason, row, key", [(reason, *case) for reason, case in BAD.items()], ids=BAD.keys())
-def test_a_bad_row_is_named_or_counted(tmp_path, reason, row, key):
+def test_a_bad_row_is_named_or_counted_and_listed(tmp_path, reason, row, key):
     path = write(tmp_path, [GOOD | {"id": "first"}, row, GOOD | {"id": "last"}])
     with pytest.raises(InputError, match=rf"rows\.json, row 2, {key}: {reason}: .+on_bad_row"):
         load_conversations(path)
@@ -126,6 +135,101 @@ def test_a_bad_row_is_named_or_counted(tmp_path, reason, row, key):
     else:
         assert counted(corpus) == {reason: 1}
         assert [c.id for c in corpus.conversations] == ["first", "last"]
+        (listed,) = corpus.dropped_rows.itertuples(index=False)
+        assert (listed.place, listed.reason) == ("row 2", reason) and listed.key == key.replace("\\", "")
+        assert listed.remedy
+
+
+def test_a_line_that_is_no_json_is_a_bad_row_like_others(tmp_path):
+    good = [json.dumps(GOOD | {"id": str(n)}).encode() for n in range(3)]
+    broken = [b"{oops", b'"\xff"', b"[" * 10**5, b"9" * 5000]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([broken[0], good[0], b"", *broken[1:], *good[1:]]))
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 1: malformed JSON: .+repair or remove it"):
+        load_conversations(path)
+    corpus = load_conversations(path, on_bad_row="drop")
+    assert [c.id for c in corpus.conversations] == ["0", "1", "2"]
+    assert counted(corpus) == {"malformed JSON": 3, "not UTF-8": 1}
+    assert corpus.dropped_rows["place"].tolist() == ["line 1", "line 4", "line 5", "line 6"]
+
+
+def test_more_bad_rows_than_allowed_is_an_error_that_names_the_first(tmp_path):
+    path = write(tmp_path, [GOOD, {"conversations": 1}, GOOD, GOOD | {"conversations": []}])
+    assert len(load_conversations(path, on_bad_row="drop", max_bad_rows=0.5)) == 2
+    with pytest.raises(InputError, match=r"rows\.json: 2 of 4 rows are bad \(50.0%, at most 49.0%.*row 2, conv.*row 4"):
+        load_conversations(path, on_bad_row="drop", max_bad_rows=0.49)
+    with pytest.raises(InputError, match=r"expected a fraction from 0 to 1, got 5"):
+        load_conversations(path, on_bad_row="drop", max_bad_rows=5.0)
+    with pytest.raises(InputError, match=r"every row is bad, from the first on: row 1: unknown format: found 'a'"):
+        load_conversations(write(tmp_path, [{"a": 1}, {"b": 1}]), on_bad_row="drop")
+
+
+def test_a_folder_is_its_data_files_one_after_the_other(tmp_path):
+    write(tmp_path, [GOOD, GOOD | {"id": "z"}], "b.jsonl")
+    write(tmp_path, [GOOD | {"id": "p"}], "a.parquet")
+    write(tmp_path, [{"conversations": None}], "c.json")
+    (tmp_path / "README.md").write_text("notes")
+    corpus = load_conversations(tmp_path, on_bad_row="drop")
+    assert [c.id for c in corpus.conversations] == ["p", "2", "z"]
+    assert corpus.dropped_rows["place"].tolist() == ["c.json, row 1"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: no data file in this folder"):
+        load_conversations(tmp_path / "empty")
+
+
+def test_a_limit_looks_no_further_than_it_must(tmp_path):
+    path = write(tmp_path, [{"conversations": 0}, GOOD, GOOD, {"conversations": 1}])
+    corpus = load_conversations(path, on_bad_row="drop", limit=2)
+    assert [c.id for c in corpus.conversations] == ["2", "3"] and len(corpus.dropped_rows) == 1
+
+
+def test_a_dataset_of_the_hub_passes_the_same_checks(tmp_path, monkeypatch):
+    asked, rows = [], [GOOD | {"id": "first"}, sharegpt(("human", "a"), ("bot", "b"), id="x"), GOOD | {"id": "last"}]
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = load_conversations("owner/name", split="train_sft", on_bad_row="drop")
+    assert asked == [("owner/name", "train_sft")] and corpus.source == "owner/name"
+    assert corpus.conversations == load_conversations(write(tmp_path, rows), on_bad_row="drop").conversations
+    assert corpus.dropped_rows["place"].tolist() == ["row 2"]
+    with pytest.raises(InputError, match=r"owner/name, row 2, conversations\[1\]\.from: unknown role"):
+        load_conversations("owner/name")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            datasets.exceptions.DatasetNotFoundError("gated"),
+            "visit https://huggingface.co/datasets/owner/name, or name a",
+        ),
+        (ConnectionError("no route"), "the hub cannot be reached; try again online, or name a local"),
+        (
+            ValueError('Unknown split "x".\nShould be one of train'),
+            'Unknown split "x". Should be one of train; or name',
+        ),
+        (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supported"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_a_remedy(monkeypatch, error, said):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match=f"owner/name: .*{said}") as refused:
+        load_conversations("owner/name")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_name_is_the_hubs_only_if_nothing_here_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "here").mkdir(parents=True)
+    assert is_hub_dataset("owner/name") and is_hub_dataset("owner/name-v1.5")
+    for local in ("owner/here", "./name", "/owner/name", "~/name", "a/b/c", "name", "owner/chats.json", Path("a/b")):
+        assert not is_hub_dataset(local)
 
 
 def test_chunks_lose_their_leading_answers_and_nothing_else(tmp_path):
@@ -145,8 +249,9 @@ def test_refusals_are_removed_only_on_request(tmp_path):
     asked = sharegpt(("human", "As an AI language model, what are you?"), ("gpt", "b"), id="asked")
     path = write(tmp_path, [refused, asked])
     assert len(load_conversations(path)) == 2
-    corpus = load_conversations(path, remove_refusals=True)
+    corpus = load_conversations(path, remove_refusals=True, max_bad_rows=0.0)
     assert [c.id for c in corpus.conversations] == ["asked"] and counted(corpus) == {"refusal": 1}
+    assert corpus.dropped_rows[["place", "key", "reason"]].to_numpy().tolist() == [["row 1", "message 2", "refusal"]]
 
 
 @pytest.mark.parametrize(
