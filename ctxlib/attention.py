@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from itertools import count
 from typing import Any, Literal
@@ -49,9 +50,13 @@ def record_allocation(
     `roles` holds a `Role` a token, -1 on padding (left or right). `rows` are the queries: the last token of each
     example, all of them, or a table of positions, -1 for none. Rows of padding are zero, all others sum to one. With
     `turns` (`RoleBatch.turns`) the recording also splits every role by turn. `stop_after` ends the forward pass at
-    that layer's attention pattern: the call then returns an output without logits. The model computes what it
-    computes without the recorder; a new forward pass over the prompt replaces what was recorded. In `generate` the
-    decoding steps follow as more rows (not for a table of positions), their tokens counted as the assistant's.
+    that layer's attention pattern: the call then returns an output without logits. A new forward pass over the prompt
+    replaces what was recorded. In `generate` the decoding steps follow as more rows (not for a table of positions),
+    their tokens counted as the assistant's.
+
+    Two ways, one result. A few rows are computed beside the model's own attention, whose output stays as it is. Where
+    more than half of the rows are wanted, the roles ride along as further columns of the values, in one float32 call:
+    the output then agrees with the unrecorded one to rounding (of half precision, in half precision).
 
     Raises InputError for ill-shaped input and for attention that cannot be told by role: attention sinks, position
     biases, and a sliding window that has dropped keys from the cache. Reference: Wang et al. 2024, section 2.2.
@@ -173,9 +178,10 @@ class Recording:
             raise InputError(f"rows is {rows!r}; give 'last', 'all' or a table of positions")
         return every if rows == "all" else every.where(self._real, -1).amax(dim=1, keepdim=True)
 
-    def see(self, layer, query, key, mask, scaling, softcap, first_query) -> None:
+    def wanted(self, layer: int, query: Tensor, key: Tensor, first_query: int) -> "_Wanted | None":
+        """What is to be recorded of this call; None for nothing."""
         if layer not in self._steps:
-            return
+            return None
         batch, length = self._prompt
         queries = query.shape[2]
         _check_batch(query, batch)
@@ -183,20 +189,35 @@ class Recording:
             if queries != length:
                 raise InputError(f"the model was given {queries} positions, roles have {length}; keep the cache on")
             self._steps[layer].clear()
-            rows = self._rows
-            real = (rows >= 0) & self._real.gather(1, rows.clamp(min=0))
-        elif first_query >= length:
-            if not self._follows:
-                return
-            rows = torch.arange(first_query, first_query + queries, device=self._real.device).expand(batch, -1)
-            real = torch.ones_like(rows, dtype=torch.bool)
-        else:
+            rows = self._rows.where(self._real.gather(1, self._rows.clamp(min=0)), -1)
+        elif first_query < length:
             raise InputError("the prompt came in several chunks; record it in one forward pass")
+        elif self._follows:
+            rows = torch.arange(first_query, first_query + queries, device=self._real.device).expand(batch, -1)
+        else:
+            return None
         later = self._generated_group.expand(-1, max(key.shape[2] - length, 0))
         columns = _columns(torch.cat([self._group, later], dim=1), self._n_turns * len(ROLES))
-        index, columns = (rows.clamp(min=0) - first_query).to(query.device), columns.to(query.device)
-        grouped = _grouped_pattern(query, key, mask, index, columns, scaling, softcap)
-        self._steps[layer].append(grouped.to(real.device).where(real[:, None, :, None], 0))
+        index = (rows - first_query).clamp(min=0)
+        return _Wanted(self._steps[layer], rows, index.to(query.device), columns.to(query.device))
+
+
+@dataclass(eq=False)
+class _Wanted:
+    """Rows of one attention call, -1 for none; their places among its queries; the groups of its keys, one-hot."""
+
+    kept: list[Tensor]
+    rows: Int[Tensor, "batch row"]
+    index: Int[Tensor, "batch row"]
+    columns: Float32[Tensor, "batch key_pos group"]
+
+    def keep(self, grouped: Float32[Tensor, "batch head row group"]) -> None:
+        self.kept.append(grouped.to(self.rows.device).where((self.rows >= 0)[:, None, :, None], 0))
+
+    def rides(self, query: Tensor, value: Tensor) -> bool:
+        """Many rows and few groups: cheaper as more columns of the values than beside them."""
+        many = query.shape[2] > 1 and 2 * self.rows.shape[1] > query.shape[2]
+        return many and self.columns.shape[2] <= value.shape[3]
 
 
 def _columns(groups: Int[Tensor, "batch key_pos"], n: int) -> Float32[Tensor, "batch key_pos group"]:
@@ -258,15 +279,14 @@ class _Steering:
         layer: int,
         query: Float[Tensor, "batch head query_pos width"],
         key: Float[Tensor, "batch kv_head key_pos width"],
-        value: Float[Tensor, "batch kv_head key_pos value_width"],
         scaling: float,
-    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."]]:
+    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         """Two more dimensions, whose product is the bias: causal kernels and grouped queries stay as they are.
 
         The bias is split in two, so that half precision holds it to twice its digits.
         """
         if layer not in self.layers:
-            return query, key, value
+            return query, key
         _check_batch(query, len(self.keep))
         generated = key.shape[2] - self.keep.shape[1]
         if generated < 0:
@@ -279,7 +299,7 @@ class _Steering:
         bias_dims = torch.stack([high, low], dim=-1)[:, None].expand(-1, key.shape[1], -1, -1)
         steered = query.new_zeros(*query.shape[:-1], 2)
         steered[:, self.heads] = 1
-        return torch.cat([query, steered], dim=-1), torch.cat([key, bias_dims], dim=-1), F.pad(value, (0, 2))
+        return torch.cat([query, steered], dim=-1), torch.cat([key, bias_dims], dim=-1)
 
 
 class _Attention:
@@ -309,14 +329,33 @@ class _Attention:
         layer, width = module.layer_idx, value.shape[-1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         for steering in self.steerings:
-            query, key, value = steering.steer(layer, query, key, value, scaling)
-        for recording in self.recordings:
-            recording.see(layer, query, key, attention_mask, scaling, kwargs.get("softcap"), self.first_query)
-        if self.recordings and all(r.stop_after is not None and r.stop_after <= layer for r in self.recordings):
+            query, key = steering.steer(layer, query, key, scaling)
+        wanted = [w for r in self.recordings if (w := r.wanted(layer, query, key, self.first_query)) is not None]
+        riders = [w for w in wanted if w.rides(query, value)]
+        for beside in (w for w in wanted if w not in riders):
+            softcap = kwargs.get("softcap")
+            of_rows = _grouped_pattern(query, key, attention_mask, beside.index, beside.columns, scaling, softcap)
+            beside.keep(of_rows)
+        stops = [r.stop_after is not None and r.stop_after <= layer for r in self.recordings]
+        if stops and all(stops):
+            value, width = value[..., :0], 0
+            if not riders:
+                raise _Stop
+
+        dtype = value.dtype
+        if riders:
+            query, key, value = query.float(), key.float(), value.float()
+        ridden = [rider.columns[:, None].expand(-1, key.shape[1], -1, -1) for rider in riders]
+        tensors = _of_one_width(query, key, torch.cat([value, *ridden], dim=-1) if riders else value)
+        output, pattern = self._own_function(module)(module, *tensors, attention_mask, scaling=scaling, **kwargs)
+        sizes = [rider.columns.shape[2] for rider in riders]
+        own, *grouped, _ = output.split([width, *sizes, output.shape[-1] - width - sum(sizes)], dim=-1)
+        for rider, groups in zip(riders, grouped, strict=True):
+            groups = groups.detach().transpose(1, 2)
+            rider.keep(torch.take_along_dim(groups, rider.index[:, None, :, None], dim=2))
+        if not width:
             raise _Stop
-        own = self._own_function(module)
-        output, pattern = own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output[..., :width], pattern
+        return own.to(dtype), pattern
 
     def _own_function(self, module):
         if self.backend == "eager":
@@ -331,6 +370,13 @@ class _Attention:
                 raise InputError(f"{self.model_type} has {what}, which cannot be told by role; use another model")
         if kwargs.get("softcap") is not None and self.steerings:
             raise InputError(f"{self.model_type} caps its attention scores and cannot be steered; use another model")
+
+
+def _of_one_width(*tensors: Float[Tensor, "batch _ _ _"]) -> list[Float[Tensor, "batch _ _ _"]]:
+    """Zeros on the right, up to a multiple of 8, where widths differ: fused kernels want one width."""
+    widths = {tensor.shape[-1] for tensor in tensors}
+    width = max(widths) if len(widths) == 1 else -(-max(widths) // 8) * 8
+    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 
 
 class _Stop(Exception):

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -161,9 +162,15 @@ def real(tensor, mask):
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["riding", "beside"])
+def way(request, monkeypatch):
+    """The two ways to record: as columns of the values, or beside the model's own attention."""
+    monkeypatch.setattr("ctxlib.attention._Wanted.rides", lambda *_: request.param == "riding")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "mistral-window", "gpt-neox", "gemma2"])
-def test_recorder_matches_output_attentions(name, side):
+def test_recorder_matches_output_attentions(name, side, way):
     model = build(name)
     ids, roles, mask = batch(side)
     expected = eager_allocation(model, ids, roles, mask)
@@ -195,6 +202,37 @@ def test_model_computes_the_same_bits_with_the_recorder(attention):
     plain = logits_of(model, ids, mask)
     assert torch.equal(real(plain, mask), real(logits_of(model, ids, mask, record_allocation(model, roles)), mask))
     assert model.config._attn_implementation == attention
+
+
+def test_recording_all_rows_changes_the_output_by_rounding_only():
+    ids, roles, mask = batch("left")
+    exact, half = llama(), llama().to(torch.bfloat16)
+    plain, rounded = (real(logits_of(model, ids, mask), mask) for model in (exact, half))
+    recorder = partial(record_allocation, roles=roles, rows="all")
+    torch.testing.assert_close(real(logits_of(exact, ids, mask, recorder(exact)), mask), plain, atol=1e-5, rtol=0)
+    found = real(logits_of(half, ids, mask, recorder(half)), mask)
+    assert found.dtype == torch.bfloat16
+    assert (found - plain).abs().mean() < 1.1 * (rounded - plain).abs().mean()
+
+
+def test_many_groups_are_not_made_columns():
+    model = llama()
+    ids, roles, mask = batch()
+    turns = torch.arange(12).expand(2, 12)
+    assert roles.unique().numel() * 12 > model.config.hidden_size // model.config.num_attention_heads
+    plain = logits_of(model, ids, mask)
+    assert torch.equal(logits_of(model, ids, mask, record_allocation(model, roles, rows="all", turns=turns)), plain)
+
+
+def test_a_layer_to_stop_after_need_not_be_recorded():
+    model = llama()
+    ids, roles, _ = batch()
+    found = []
+    model.get_decoder().layers[2].register_forward_hook(lambda *_: found.append(1))
+    with torch.no_grad(), record_allocation(model, roles, layers=[0], stop_after=1) as recording:
+        model(ids)
+    assert not found
+    assert torch.equal(recording.allocation, recorded(model, ids, roles, None, layers=[0]))
 
 
 def test_rows_of_tokens_sum_to_one_and_rows_of_padding_are_zero():
@@ -229,6 +267,7 @@ def test_chosen_rows_are_those_rows_of_all():
 
 
 def test_block_size_does_not_matter(monkeypatch):
+    monkeypatch.setattr("ctxlib.attention._Wanted.rides", lambda *_: False)
     model = llama()
     ids, roles, mask = batch("left")
     whole = [recorded(model, ids, roles, m, rows="all") for m in (mask, None)]
@@ -249,14 +288,14 @@ def test_chosen_layers_are_those_layers_of_all():
 def test_stopping_early_records_what_a_full_run_records(name, part):
     model = build(name)
     ids, roles, mask = batch()
-    full = recorded(model, ids, roles, mask, rows="all")
+    full = recorded(model, ids, roles, mask, rows="all")[:2]
     ran = []
     for layer in model.get_decoder().layers:
         layer.mlp.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad(), record_allocation(model, roles, rows="all", stop_after=1) as recording:
         called = model if part == "model" else model.get_decoder()
         called(ids, attention_mask=mask)
-    assert torch.equal(recording.allocation, full[:2])
+    torch.testing.assert_close(recording.allocation, full, atol=1e-6, rtol=0)
     assert len(ran) == 1
     assert "forward" not in vars(model) and "forward" not in vars(model.get_decoder())
     assert logits_of(model, ids, mask) is not None
@@ -276,7 +315,7 @@ def test_turns_split_the_roles():
         torch.testing.assert_close(recording.by_turn[..., turn, :], expected, atol=5e-6, rtol=0)
 
 
-def test_bfloat16_is_recorded_in_float32():
+def test_bfloat16_is_recorded_in_float32(way):
     exact, rounded = llama(), llama().to(torch.bfloat16)
     ids, roles, mask = batch()
     found = recorded(rounded, ids, roles, mask, rows="all", layers=[0])
