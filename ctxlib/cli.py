@@ -57,6 +57,39 @@ def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) 
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="A folder with safetensors, a hub id, or miniature:instruct.")],
+    layer: Annotated[
+        int | None, typer.Option(help="Whose heads give the scores, from 0. [default: round(depth * 15 / 22)]")
+    ] = None,
+    indicator: Annotated[str, typer.Option(help="The text that is to become a token.")] = "[IND]",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    quantisation: Annotated[str | None, typer.Option(help="nf4: 4-bit weights.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, instead of the tokenizer's own.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub's model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Examine a model before you spend GPU hours; exit status 1 if a check fails.
+
+    Is its attention recorded and steered rightly, does its chat template tell who wrote which token, is the indicator
+    free, and is the chosen layer like the others?
+    """
+    from rich.console import Console
+
+    from ctxlib.doctor import examine, open_patient, show
+
+    patient, tokenizer, corpus = open_patient(
+        model, dtype=dtype, quantisation=quantisation, chat_template=chat_template, revision=revision
+    )
+    frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus)
+    if as_json:
+        print(frame.to_json(orient="records", indent=2, force_ascii=False))
+    else:
+        show(frame, tokenizer, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+    raise SystemExit(int((frame["verdict"] == "fail").any()))
+
+
+@app.command()
 def miniature(
     out: Annotated[Path, typer.Option(help="Folder for the two models; a stopped run goes on from there.")],
 ) -> None:

@@ -24,6 +24,7 @@ ORDER = [
     "figures",
     "miniature",
     "experiment",
+    "doctor",
     "run",
     "cli",
 ]
