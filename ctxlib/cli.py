@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -21,6 +21,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The experiment, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Replace a parameter: --set needle.per_cell=2")]
+_IN, _DATA, _SCORE, _MODEL, _RUN = (
+    {"rich_help_panel": name} for name in ("Input and output", "The data", "The score", "The model", "The run")
+)
 
 
 @app.callback()
@@ -97,6 +100,126 @@ def miniature(
     from ctxlib.miniature.build import build
 
     build(out)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Option(help="Seed model: a folder with safetensors, or a hub id.", **_IN)],
+    data: Annotated[
+        str, typer.Option(help="A .json, .jsonl or .parquet file, a folder of such, or a hub's owner/name.", **_IN)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the scores; a stopped run goes on from there.", **_IN)],
+    format: Annotated[
+        Literal["sharegpt", "messages", "instruction"] | None,
+        typer.Option(help="Of the rows.", show_default="told by their keys", **_DATA),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a hub's dataset.", **_DATA)] = "train",
+    on_bad_row: Annotated[
+        Literal["error", "drop"], typer.Option(help="Stop at a malformed row, or drop, count and list it.", **_DATA)
+    ] = "error",
+    max_bad_rows: Annotated[float, typer.Option(help="Give up if a greater fraction is bad.", **_DATA)] = 0.05,
+    remove_refusals: Annotated[
+        bool, typer.Option("--remove-refusals", help="Leave out conversations with a refusal.", **_DATA)
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many conversations.", **_DATA)] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="From 0; may be repeated; or all.",
+            show_default="the paper's 15 of 22, to scale: round(depth × 15/22)",
+            **_SCORE,
+        ),
+    ] = None,
+    reading: Annotated[
+        Literal["clean", "paper"],
+        typer.Option(help="The formula as it stands, or as the authors' code has it.", **_SCORE),
+    ] = "clean",
+    head_reduction: Annotated[
+        Literal["max_then_mean", "mean_then_max", "mean", "first_token"],
+        typer.Option(help="From heads and answer tokens to one number; the first is the paper's.", **_SCORE),
+    ] = "max_then_mean",
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a conversation.", show_default="all positions; reading paper: 2047", **_SCORE),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.", **_MODEL)
+    ] = "float32",
+    quantisation: Annotated[Literal["nf4"] | None, typer.Option(help="4-bit weights.", **_MODEL)] = None,
+    token_budget: Annotated[int, typer.Option(help="Tokens in a batch, padding included.", **_RUN)] = 8192,
+    conversations_per_part: Annotated[int, typer.Option(help="What a stop can lose at most.", **_RUN)] = 256,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Score only this share of the parts, counted from 1: 1/4 … 4/4.", **_RUN)
+    ] = "1/1",
+) -> None:
+    """Context-dependency scores of your conversations, turn by turn.
+
+    OUT will hold scores.parquet (a row a turn and layer), scores.json (settings, hashes, counts, versions),
+    dropped_rows.csv, and parts/, from which a stopped run goes on. Everything is checked before the model is loaded.
+    Shares (--shard) may run at the same time with the same OUT; the last to finish puts the scores together.
+    """
+    from ctxlib.score_folder import Settings, parse_layers, parse_share, prepare
+
+    share = parse_share(shard)
+    settings = Settings(
+        model=model,
+        data=data,
+        layers=parse_layers(layer),
+        reading=reading,
+        head_reduction=head_reduction,
+        max_length=max_length,
+        token_budget=token_budget,
+        conversations_per_part=conversations_per_part,
+        dtype=dtype,
+        quantisation=quantisation,
+        chat_template=chat_template,
+        revision=revision,
+        format=format,
+        split=split,
+        on_bad_row=on_bad_row,
+        max_bad_rows=max_bad_rows,
+        remove_refusals=remove_refusals,
+        limit=limit,
+    )
+    prepared = prepare(settings)
+    for line in prepared.description():
+        print(line, flush=True)
+    try:
+        finished = prepared.score(out, share)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from the parts in {out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    for line in finished.summary():
+        print(line)
+
+
+@app.command()
+def mark(
+    scores: Annotated[Path, typer.Option(help="The folder that `ctxlib score` wrote.")],
+    out: Annotated[Path, typer.Option(help="The marked dataset: .jsonl, .json or .parquet.")],
+    threshold: Annotated[float | None, typer.Option(help="Mark turns with a score over this; the paper: 0.6.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Or mark this top share of the scored turns.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Needed where several were scored.")] = None,
+    reading: Annotated[
+        Literal["clean", "paper"] | None,
+        typer.Option(help="paper: also ends user texts with a full stop.", show_default="that of the scores"),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Where the scored data are now, if they were moved.")] = None,
+) -> None:
+    """Mark the user turns whose answers depend on their context, by their scores.
+
+    The file that comes out is in the messages format: an answer carries its `score`, a marked user message
+    `indicated: true`. The data must be those that were scored, byte by byte.
+    """
+    from ctxlib.score_folder import mark_data
+
+    marked = mark_data(scores, out, threshold=threshold, fraction=fraction, layer=layer, reading=reading, data=data)
+    print(marked.summary())
+    print(f"written to {out}")
 
 
 def main() -> None:

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AddedToken,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -66,6 +68,22 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.apply_chat_template(turn, tokenize=False)
     except TemplateError as error:
         raise InputError(f"{tokenizer.name_or_path}: the chat template is faulty: {_first_line(error)}") from error
+
+
+def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+    """The text model's configuration (of an adapter's base) without its weights, for what can be checked before.
+
+    Raises InputError as `load_model` does for a folder or configuration that it would not load.
+    """
+    path = adapter_base(path) if is_adapter(path) else path
+    _check_model_files(path)
+    try:
+        config = AutoConfig.from_pretrained(
+            _source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{path}: model not loadable: {_first_line(error)}") from error
+    return config.get_text_config()
 
 
 def load_model(

@@ -21,6 +21,7 @@ ORDER = [
     "qa",
     "instructions",
     "results",
+    "score_folder",
     "figures",
     "miniature",
     "experiment",
