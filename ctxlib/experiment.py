@@ -20,7 +20,7 @@ from ctxlib.instructions import word_questions
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import MODELS, texts
 from ctxlib.miniature.town import Town
-from ctxlib.params import InputError, Params, load_params
+from ctxlib.params import FirstResponseToken, InputError, Params, load_params
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
 
 EMBEDDED = "miniature"
@@ -57,6 +57,11 @@ def tokenizer(params: Params, which: str = "pretrained") -> PreTrainedTokenizerB
     loaded = models.load_tokenizer(model_path(params, which), chat_template=template, revision=params.models.revision)
     models.require_chat_template(loaded)
     return loaded
+
+
+def model_key(params: Params, which: str) -> str:
+    """The name of that model's answers in the cache: a hash of its files, so that a retrained model answers anew."""
+    return models.model_hash(model_path(params, which), revision=params.models.revision)
 
 
 def model(params: Params, which: str, adapter: Path | None = None) -> PreTrainedModel:
@@ -180,10 +185,17 @@ def prompts(
     questions: Sequence[Question],
     *,
     template: bool,
-    use_prefix: bool = False,
+    first_response_token: FirstResponseToken,
     indicator: str | None = None,
 ) -> list[RoleMap]:
-    """The questions as the model reads them, every token with its role."""
+    """The questions as the model reads them, up to the token where attention is measured; every token has its role.
+
+    The first response token has two readings. `last_input`: the prompt's last token, from which the model begins its
+    answer (paper, section 2.2). `forced_prefix`: the last word of the question's response prefix, the answer's first
+    words, which are given to the model, so that the word that the text holds comes next (authors' code). They are the
+    same where a question has no response prefix.
+    """
+    use_prefix = first_response_token == "forced_prefix"
     return [question_prompt(loaded_tokenizer, question, template, indicator, use_prefix) for question in questions]
 
 

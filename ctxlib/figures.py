@@ -29,6 +29,8 @@ ROLE_COLOURS = {  # what somebody wrote in Okabe and Ito's colours, scaffolding 
     "user": "#0072B2",
     "assistant": "#E69F00",
     "template": "#B8B8B8",
+    "passage": "#0072B2",  # what the user wrote, taken apart by `roles.question_apart`
+    "question": "#56B4E9",
 }
 GREEN, RED, BLUE = (
     "#2A9D60",
@@ -306,7 +308,7 @@ def steering_curve(
 
 @_styled
 def allocation_by_role(
-    frame: pd.DataFrame, *, title: str | None = "Where the first answer token looks", subtitle: str | None = None
+    frame: pd.DataFrame, *, title: str | None = "Where the first response token looks", subtitle: str | None = None
 ) -> Figure:
     """The paper's Figure 4: shares (condition, role, value[, layer, n]) stacked, a panel a condition if by layer."""
     roles = {role: ROLE_COLOURS[role] for role in ROLE_COLOURS if role in set(frame["role"])}

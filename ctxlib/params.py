@@ -30,6 +30,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
 Reading = Literal["clean", "paper"]
+FirstResponseToken = Literal["last_input", "forced_prefix"]
 
 
 class Section(BaseModel):
@@ -71,6 +72,7 @@ class Miniature(Section):
 class Allocation(Section):
     prompts: Count
     layer: Layer
+    first_response_token: FirstResponseToken
 
 
 class Steering(Section):

@@ -1,0 +1,56 @@
+"""What notebooks share: prompts that end where attention is measured, and names of models that follow their files."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ctxlib import experiment
+from ctxlib.miniature import MODELS
+from ctxlib.params import load_params
+from ctxlib.roles import Role
+
+SMOKE = Path(__file__).resolve().parents[1] / "params" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def needles():
+    params = load_params(SMOKE)
+    tokenizer = experiment.tokenizer(params)
+    return tokenizer, experiment.needles(params, tokenizer)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_first_response_token_is_read_at_the_prompts_end_or_at_the_prefixs(needles, template):
+    tokenizer, questions = needles
+    at_input = experiment.prompts(tokenizer, questions, template=template, first_response_token="last_input")
+    at_prefix = experiment.prompts(tokenizer, questions, template=template, first_response_token="forced_prefix")
+    for question, bare, prefixed in zip(questions, at_input, at_prefix, strict=True):
+        assert Role.ASSISTANT not in bare.roles and bare.roles[-1] == Role.TEMPLATE
+        assert prefixed.ids[: len(bare)].tolist() == bare.ids.tolist()
+        assert tokenizer.decode(prefixed.ids[len(bare) :]).strip() == question.response_prefix
+        assert set(prefixed.roles[len(bare) :].tolist()) == {Role.ASSISTANT}
+
+
+def test_without_a_response_prefix_both_first_response_tokens_are_the_same(needles):
+    tokenizer, questions = needles
+    bare = [replace(question, response_prefix="") for question in questions[:3]]
+    readings = [
+        experiment.prompts(tokenizer, bare, template=True, first_response_token=token)
+        for token in ("last_input", "forced_prefix")
+    ]
+    for one, other in zip(*readings, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+
+
+def test_a_retrained_model_has_another_key_and_a_copy_the_same(tmp_path):
+    shutil.copytree(MODELS / "pretrained", tmp_path / "model")
+    ours = load_params(SMOKE)
+    copied = load_params(SMOKE, {"models.pretrained": str(tmp_path / "model")})
+    assert experiment.model_key(copied, "pretrained") == experiment.model_key(ours, "pretrained")
+    assert experiment.model_key(ours, "instruct") != experiment.model_key(ours, "pretrained")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    assert experiment.model_key(copied, "pretrained") != experiment.model_key(ours, "pretrained")
