@@ -1,0 +1,49 @@
+"""One function a figure: tidy frame in, matplotlib Figure out. Nothing is computed here but positions and colours.
+
+Frames are those of `metrics.summarise`: value, ci_low, ci_high and n beside the columns that a figure names. Every
+function takes `title` and `subtitle`; whiskers and bands are the frame's intervals. Nothing global is changed.
+"""
+
+from ctxlib.figures.answers import (
+    bars_with_intervals,
+    claims_forest,
+    needle_heatmap,
+    recall_by_condition,
+    steering_curve,
+)
+from ctxlib.figures.attention import allocation_by_role, allocation_shift, head_map
+from ctxlib.figures.scores import (
+    fractions_over_beta,
+    layer_agreement,
+    layer_auc,
+    length_histograms,
+    roc_and_pr,
+    score_histogram,
+    scores_by_kind,
+)
+from ctxlib.figures.style import ROLE_COLOURS
+from ctxlib.figures.tokens import label_strip, role_strip, role_strip_html
+from ctxlib.figures.training import loss_curves
+
+__all__ = [
+    "ROLE_COLOURS",
+    "allocation_by_role",
+    "allocation_shift",
+    "bars_with_intervals",
+    "claims_forest",
+    "fractions_over_beta",
+    "head_map",
+    "label_strip",
+    "layer_agreement",
+    "layer_auc",
+    "length_histograms",
+    "loss_curves",
+    "needle_heatmap",
+    "recall_by_condition",
+    "roc_and_pr",
+    "role_strip",
+    "role_strip_html",
+    "score_histogram",
+    "scores_by_kind",
+    "steering_curve",
+]
