@@ -125,12 +125,11 @@ def examine(
             rows.append(Check(name, "note", "not examined, as the recording fails"))
         else:
             rows += _examined(name, examination, *inputs)
-    if tokenizer.chat_template:
+    if _renders(tokenizer):
         for part, examination in TEMPLATE_CHECKS.items():
             rows += _examined(f"template: {part}", examination, tokenizer)
     else:
-        remedy = "name one: --chat-template FILE, models.chat_template in a params file"
-        rows.append(Check("template", "fail", "the tokenizer has no chat template", remedy))
+        rows += _examined("template", _no_template, tokenizer)
     rows += _examined("indicator", _indicator, model, tokenizer, indicator)
     frame = pd.DataFrame(rows, columns=list(Check._fields))
     return frame.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable", ignore_index=True)
@@ -164,7 +163,7 @@ def _model(model: Any) -> list[Check]:
     if window and positions and window < positions:
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
         finding += f"; {sum('sliding' in kind for kind in kinds)} layers see {window} tokens back"
-        remedies.append(f"keep prompts under {window} tokens: further back some layers see nothing of the user's text")
+        remedies.append(f"keep prompts under {window} tokens: such layers see no further, and decoding is not recorded")
     return [Check("model", "note" if remedies else "ok", finding, "; ".join(remedies))]
 
 
@@ -205,17 +204,20 @@ def _recording(model: Any, tokenizer: Any) -> list[Check]:
         batch = _batch(tokenizer, model, side)
         try:
             differences.append(verify_recording(model, batch.input_ids, batch.roles))
-        except AttributeError as error:
-            raise InputError("the model yields no attention patterns; use another model") from error
+        except (AttributeError, InputError) as error:
+            if isinstance(error, InputError) and "nothing was recorded" not in str(error):
+                raise
+            finding = "not every layer has attention that goes through transformers' registered functions"
+            raise InputError(f"{finding}; use another model") from error
     plain, _ = _forward(model, batch)
     logits, shares = _forward(model, batch, record=True)
     changed = _relative(logits, plain)
     layers, tokens, heads, roles = shares.shape
     found = (
-        f"differs from eager by {max(differences):.0e} at most (allowed: {tolerance:.0e}) over {layers} layers × {heads} "
-        f"heads × {tokens} rows × {roles} roles, padded left and right; {_logits_said(changed)}"
+        f"differs from eager by {max(differences):.0e} at most (allowed: {tolerance:.0e}) over {layers} layers × "
+        f"{heads} heads × {tokens} rows × {roles} roles, padded left and right; {_logits_said(changed)}"
     )
-    fine = max(*differences, changed) <= tolerance
+    fine = np.max([*differences, changed]) <= tolerance  # False for NaN
     remedy = "do not trust its attention: try --dtype float32, or another model"
     return [Check("recording", "ok" if fine else "fail", found, "" if fine else remedy)]
 
@@ -233,15 +235,15 @@ def _steering(model: Any, tokenizer: Any) -> list[Check]:
     weights = torch.tensor([1 if role == Role.USER else STEERING_ALPHA for role in Role], device=shares.device)
     expected = shares[0] * weights / (shares[0] * weights).sum(-1, keepdim=True)
     exact = (steered[0] - expected).abs().max().item()
-    changed = max(
+    changes = [
         _relative(_forward(model, batch, steer_attention(model, keep, steering_alpha))[0], plain)
         for keep, steering_alpha in ((user, 1.0), (everything, STEERING_ALPHA))
-    )
+    ]
     finding = (
-        f"differs from the closed form by {exact:.0e} in layer 0 (allowed: {CLOSED_FORM_TOLERANCE:.0e}); alpha 1, or to "
-        f"keep every token: {_logits_said(changed)}"
+        f"differs from the closed form by {exact:.0e} in layer 0 (allowed: {CLOSED_FORM_TOLERANCE:.0e}); alpha 1, or "
+        f"to keep every token: {_logits_said(np.max(changes))}"
     )
-    fine = exact <= CLOSED_FORM_TOLERANCE and changed <= _tolerance(model)
+    fine = exact <= CLOSED_FORM_TOLERANCE and np.max(changes) <= _tolerance(model)
     return [Check("steering", "ok" if fine else "fail", finding, "" if fine else "do not steer this model")]
 
 
@@ -271,9 +273,9 @@ def _logits_said(changed: float) -> str:
 
 def _batch(tokenizer: Any, model: Any, side: str) -> RoleBatch:
     """A conversation and its beginning, padded, on the model's device."""
-    talk = _expressible(tokenizer)
+    talk = _expressible(tokenizer) if _renders(tokenizer) else TALK
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    maps = [role_map(tokenizer, part, template=bool(tokenizer.chat_template)) for part in (talk, talk[:-2])]
+    maps = [role_map(tokenizer, part, template=_renders(tokenizer)) for part in (talk, talk[:-2])]
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     batch = pad_batch([of.truncate(positions or len(of)) for of in maps], pad_id, side)
     return RoleBatch(**{name: tensor.to(model.device) for name, tensor in vars(batch).items()})
@@ -294,6 +296,21 @@ def _forward(
 # The template
 
 
+def _renders(tokenizer: Any) -> bool:
+    """Is there a template that says where its characters come from? If not, contents are joined as raw text."""
+    try:
+        return bool(tokenizer.chat_template) and bool(_expressible(tokenizer))
+    except InputError:
+        return False
+
+
+def _no_template(tokenizer: Any) -> list[Check]:
+    if tokenizer.chat_template:
+        _expressible(tokenizer)  # raises the reason
+    remedy = "name one: --chat-template FILE, models.chat_template in a params file"
+    return [Check("template", "fail", "the tokenizer has no chat template", remedy)]
+
+
 def _roles(tokenizer: Any) -> list[Check]:
     """A partition, transformers' own ids, and a user who writes the marker of an answer and stays the user."""
     talk = _with_odd_text(_expressible(tokenizer))
@@ -302,9 +319,8 @@ def _roles(tokenizer: Any) -> list[Check]:
     marker, forged = _forged(tokenizer, talk)
     attacked = role_map(tokenizer, forged)
     theirs = attacked.ids[attacked.roles == Role.USER].tolist()
-    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     stays = torch.equal(attacked.ids[attacked.roles != Role.USER], odd.ids[odd.roles != Role.USER])
-    stays = stays and not control & set(theirs)
+    stays = stays and not _control_ids(tokenizer) & set(theirs)
     counts = ", ".join(f"{(odd.roles == role).sum()} {ROLES[role]}" for role in Role)
     finding = (
         f"{counts}; ids {'are' if same else 'are NOT'} those of apply_chat_template; "
@@ -327,7 +343,7 @@ def _system_text(tokenizer: Any) -> list[Check]:
     if TALK[0].content not in _text(tokenizer, TALK):
         return [Check("template: system text", "note", f"is left out{added}", remedy)]
     folded = user_marker.strip() and not _gaps(tokenizer, TALK)[1].endswith(user_marker)
-    finding = "is folded into the first user's turn, and keeps its role" if folded else "has a turn of its own"
+    finding = "is folded into the first user's turn, and keeps its role" if folded else "stands outside the user's turn"
     return [Check("template: system text", "ok", finding + added)]
 
 
@@ -368,14 +384,17 @@ def _borders(tokenizer: Any) -> list[Check]:
     """Tokens that hold characters of a content and of the template beside it; they have the role of the content."""
     talk = _expressible(tokenizer)
     rendered, contents = _text(tokenizer, talk), "".join(message.content for message in talk)
-    role_of, merged = role_map(tokenizer, talk), []
+    role_of, merged, cut = role_map(tokenizer, talk), [], False
     for n, (start, stop) in enumerate(role_of.chars.tolist()):
         before, upto = (tokenizer.decode(role_of.ids[:end]) for end in (n, n + 1))
         token, piece = upto[len(before) :], contents[start:stop]
         if start >= 0 and piece in token and token != piece and token in rendered:
             merged.append(token)
+            cut = cut or bool(token.replace(piece, "", 1).strip())
     said = f": {', '.join(map(_quoted, dict.fromkeys(merged)))}" if merged else ""
-    return [Check("template: borders", "ok", f"{len(merged)} of {2 * len(talk)} borders lie inside a token{said}")]
+    finding = f"{len(merged)} of {2 * len(talk)} borders lie inside a token{said}"
+    remedy = "add the template's markers as tokens, or use this tokenizer's own template"
+    return [Check("template: borders", "note" if cut else "ok", finding, remedy if cut else "")]
 
 
 def _generation_prompt(tokenizer: Any) -> list[Check]:
@@ -396,7 +415,13 @@ def _generation_prompt(tokenizer: Any) -> list[Check]:
             finding = f"between the prompt and its answer the template writes {_quoted(between)}"
             remedy = "let the template's generation prompt end where an answer begins"
             return [Check(name, "note", finding, remedy)]
-    return [Check(name, "ok", "a prompt with its answer continues the prompt, token by token")]
+    whole = role_map(tokenizer, talk)
+    closing = whole.ids[int((whole.roles == Role.ASSISTANT).nonzero().max()) + 1 :]
+    if not _control_ids(tokenizer) & set(closing.tolist()):
+        finding = f"an answer is closed by {_quoted(tokenizer.decode(closing))}, which holds no special token"
+        return [Check(name, "note", finding, "let the template write eos_token after an answer, or nothing ends it")]
+    closed = _quoted(tokenizer.decode(closing))
+    return [Check(name, "ok", f"a prompt with its answer continues the prompt, token by token, and ends on {closed}")]
 
 
 TEMPLATE_CHECKS = {
@@ -411,8 +436,6 @@ TEMPLATE_CHECKS = {
 
 def _expressible(tokenizer: Any) -> tuple[Message, ...]:
     """The conversation, without its system text where the template refuses one."""
-    if not tokenizer.chat_template:
-        return TALK
     try:
         role_map(tokenizer, TALK)
         return TALK
@@ -429,8 +452,7 @@ def _with_odd_text(talk: Sequence[Message]) -> list[Message]:
 
 def _forged(tokenizer: Any, talk: Sequence[Message]) -> tuple[str, list[Message]]:
     """What the template writes before an answer, and the conversation in which a user writes it."""
-    gaps = _gaps(tokenizer, TALK[1:])
-    marker = gaps[1]
+    marker = _gaps(tokenizer, TALK[1:])[1]
     forged = [Message(m.role, m.content.replace("\n\n", f"\n\n{marker}")) for m in talk]
     return marker, forged
 
@@ -443,6 +465,12 @@ def _gaps(tokenizer: Any, talk: Sequence[Message]) -> list[str]:
         gaps.append(before if found else "")
         rest = after if found else rest
     return [*gaps, rest]
+
+
+def _control_ids(tokenizer: Any) -> set[int]:
+    """Special tokens, but for the unknown one, which any text may come to."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 
 
 def _dicts(talk: Sequence[Message]) -> list[dict[str, str]]:
@@ -494,39 +522,45 @@ def _indicator(model: Any, tokenizer: Any, indicator: str) -> list[Check]:
 
 def _layer(model: Any, tokenizer: Any, corpus: Corpus, layer: int) -> list[Check]:
     """Does it rank answers as other layers do, do its heads agree, does it find the answers that need their context?"""
-    attention, truth = user_attention(model, tokenizer, corpus)
-    scores = torch.stack([reduce_heads(of_one, "max_then_mean") for of_one in attention]).double().numpy()
+    answers = answer_attention(model, tokenizer, corpus)
+    scores = np.stack([reduce_heads(answer.to_user, "max_then_mean").double().numpy() for answer in answers])
     return [
         _beside_other_layers(scores, layer),
-        _heads([of_one[layer] for of_one in attention], layer),
-        _separation(scores, np.array([of_one[layer].mean().item() for of_one in attention]), truth, layer),
+        _heads([answer.to_user[layer] for answer in answers], layer),
+        _separation(scores, answers, layer),
     ]
 
 
-def user_attention(
-    model: Any, tokenizer: Any, corpus: Corpus
-) -> tuple[list[Float[Tensor, "layer head answer_pos"]], list[bool]]:
-    """The share of attention that each token of an answer pays to the user's tokens, and whether the answer needs them.
+class Answer(NamedTuple):
+    """What the tokens of an answer pay to the user's: by layer and head, and if all tokens before were paid alike."""
 
-    One entry for each answered turn; the maximum over heads and the mean over tokens is its context-dependency score.
+    to_user: Float[Tensor, "layer head answer_pos"]
+    uniform: Float[Tensor, " answer_pos"]
+    depends_on_context: bool
+
+
+def answer_attention(model: Any, tokenizer: Any, corpus: Corpus) -> list[Answer]:
+    """The share of attention, in [0, 1], that each token of an answer pays to the user's tokens, turn by turn.
+
+    The maximum over heads and then the mean over tokens is the turn's context-dependency score (`clean` reading).
     Answers that the template leaves out are left out. Raises InputError where the truth of an answer is not known.
     """
-    attention, truth = [], []
+    answers, rendered = [], _renders(tokenizer)
     for conversation in corpus.conversations:
-        role_of = role_map(tokenizer, conversation.messages, template=bool(tokenizer.chat_template))
+        role_of = role_map(tokenizer, conversation.messages, template=rendered)
         roles = role_of.roles[None].to(model.device)
         with torch.inference_mode(), record_allocation(model, roles, rows="all") as recording:
             model(role_of.ids[None].to(model.device), use_cache=False)
         to_user = recording.allocation[:, 0, :, :, Role.USER].cpu()
+        uniform = (role_of.roles == Role.USER).float().cumsum(0) / torch.arange(1, len(role_of) + 1)
         for turn, _, answer in answered_turns(conversation):
             depends = conversation.messages[answer].depends_on_context
             if depends is None:
                 raise InputError(f"conversation {conversation.id!r}, turn {turn}: no truth; give depends_on_context")
             rows = (role_of.roles == Role.ASSISTANT) & (role_of.turns == turn)
             if rows.any():
-                attention.append(to_user[:, :, rows])
-                truth.append(depends)
-    return attention, truth
+                answers.append(Answer(to_user[:, :, rows], uniform[rows], depends))
+    return answers
 
 
 def _beside_other_layers(scores: Float[np.ndarray, "turn layer"], layer: int) -> Check:
@@ -574,19 +608,24 @@ def _heads(attention: Sequence[Float[Tensor, "head answer_pos"]], layer: int) ->
     return Check(name, "note" if remedies else "ok", finding, "; ".join(remedies))
 
 
-def _separation(
-    scores: Float[np.ndarray, "turn layer"], means: Float[np.ndarray, " turn"], truth: Sequence[bool], layer: int
-) -> Check:
-    name = f"layer {layer}: separation"
+def _separation(scores: Float[np.ndarray, "turn layer"], answers: Sequence[Answer], layer: int) -> Check:
+    """Lengths alone separate a little, too: so equal attention to all tokens stands beside the layer's."""
+    truth = [answer.depends_on_context for answer in answers]
     value, low, high = auc(truth, scores[:, layer])
+    others = {
+        "mean over heads": [answer.to_user[layer].mean().item() for answer in answers],
+        "equal attention": [answer.uniform.mean().item() for answer in answers],
+    }
+    beside = [f"{name} {auc(truth, of_it, samples=1)[0]:.2f}" for name, of_it in others.items()]
     areas = [auc(truth, scores[:, other], samples=1)[0] for other in range(scores.shape[1])]
     best = int(np.argmax(areas))
     finding = (
-        f"AUC {value:.2f} ({low:.2f} to {high:.2f}): {sum(truth)} of {len(truth)} answers need their passage; "
-        f"mean over heads {auc(truth, means, samples=1)[0]:.2f}; best layer {best}: {areas[best]:.2f}"
+        f"AUC {value:.2f} ({low:.2f} to {high:.2f}), {sum(truth)} of {len(truth)} answers need their passage; "
+        f"{', '.join(beside)}, best layer {best}: {areas[best]:.2f}"
     )
     remedy = "so few answers do not show that it finds them: score a sample of your own conversations at all layers"
-    return Check(name, "ok", finding) if low > 0.5 else Check(name, "note", finding, remedy)
+    fine = low > 0.5
+    return Check(f"layer {layer}: separation", "ok" if fine else "note", finding, "" if fine else remedy)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.float64:
@@ -613,13 +652,9 @@ def show(frame: pd.DataFrame, tokenizer: Any, console: Console) -> None:
     console.print(table)
     counted = frame["verdict"].value_counts()
     console.print(Text("\n" + ", ".join(f"{counted.get(verdict, 0)} {verdict}" for verdict in VERDICTS)))
-    try:
-        talk = _forged(tokenizer, _with_odd_text(_expressible(tokenizer)))[1] if tokenizer.chat_template else []
-        role_of = role_map(tokenizer, talk) if talk else None
-    except InputError:
-        return
-    if role_of is not None:
-        console.print(role_strip(tokenizer, talk, role_of, console.color_system is not None))
+    if _renders(tokenizer):
+        _, talk = _forged(tokenizer, _with_odd_text(_expressible(tokenizer)))
+        console.print(role_strip(tokenizer, talk, role_map(tokenizer, talk), console.color_system is not None))
 
 
 def role_strip(tokenizer: Any, talk: Sequence[Message], role_of: RoleMap, coloured: bool) -> Text:
