@@ -13,6 +13,7 @@ import math
 import platform
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -45,7 +46,7 @@ class Settings:
 
     model: str
     data: str
-    layers: tuple[int, ...] | Literal["all"] | None = None
+    layers: Sequence[int] | Literal["all"] | None = None
     reading: Reading = "clean"
     head_reduction: HeadReduction = "max_then_mean"
     max_length: int | None = None
@@ -177,7 +178,7 @@ class Prepared:
 
     def _make(self, folder: Path) -> None:
         if folder.resolve() == Path(self.settings.data).expanduser().resolve():
-            raise InputError(f"{folder}: is the folder of the data; choose another one for the scores")
+            raise InputError(f"{folder}: is where the data are; choose another folder for the scores")
         try:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -289,20 +290,23 @@ def parse_layers(texts: list[str] | None) -> tuple[int, ...] | Literal["all"] | 
     return tuple(int(text) for text in texts)
 
 
-def read_scores(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Scores and manifest of a folder; InputError where they are missing, unreadable or do not belong together."""
+def read_scores(folder: str | Path) -> tuple[pd.DataFrame, Settings, dict[str, Any]]:
+    """Scores, their settings and the whole manifest of a folder.
+
+    Raises InputError where they are missing, unreadable or do not belong together.
+    """
     folder = Path(folder)
     again = f"run 'ctxlib score … --out {folder}' (again)"
     if not (folder / "scores.json").is_file() or not (folder / "scores.parquet").is_file():
         raise InputError(f"{folder}: no complete scores there (scores.json and scores.parquet); {again}")
     try:
         manifest = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        digest = manifest["scores_sha256"]
+        settings, digest = Settings(**manifest["settings"]), manifest["scores_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'scores.json'}: not a manifest of scores; {again}") from error
     if file_digest(folder / "scores.parquet") != digest:
         raise InputError(f"{folder}: scores.parquet is not the file that scores.json tells of; {again}")
-    return pd.read_parquet(folder / "scores.parquet"), manifest
+    return pd.read_parquet(folder / "scores.parquet"), settings, manifest
 
 
 def mark_data(
@@ -324,8 +328,7 @@ def mark_data(
     Raises InputError as `read_scores`, `load_conversations`, `mark` and `save_conversations` do, for data that are not
     those scored, and for an `out` that would overwrite the scores or the data.
     """
-    scores, manifest = read_scores(folder)
-    settings = Settings(**manifest["settings"])
+    scores, settings, manifest = read_scores(folder)
     if (threshold is None) == (fraction is None):
         raise InputError("give a threshold or a fraction, one of the two")
     if threshold is not None and not 0 <= threshold <= 1:
@@ -355,7 +358,7 @@ def mark_data(
     return Marked(marked, layer, threshold, reading)
 
 
-def _layers(layers: tuple[int, ...] | Literal["all"] | None, depth: int, model: str) -> tuple[int, ...]:
+def _layers(layers: Sequence[int] | Literal["all"] | None, depth: int, model: str) -> tuple[int, ...]:
     if layers is None:
         return (paper_layer(depth),)
     if layers == "all":
