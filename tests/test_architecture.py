@@ -8,6 +8,8 @@ ORDER = [
     "params",
     "paper",
     "conversations",
+    "rendering",
+    "encoding",
     "roles",
     "models",
     "attention",

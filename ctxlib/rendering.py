@@ -1,0 +1,318 @@
+"""A chat template as text that knows, for every character, the message it comes from.
+
+The template is rendered a second time with contents whose characters are replaced by private code points, each of which
+names the character it stands for; to the template they look and behave like the plain text. What comes out says where
+every character comes from, and must read exactly as the plain rendering: nothing is searched for, and a template that
+hides the origin of a character is an error, never a guess.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import re
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Int
+from jinja2.compiler import CodeGenerator
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from ctxlib.conversations import Message
+from ctxlib.params import InputError
+
+_BASE = 0x20000  # code points from here on stand for characters of the contents while a template is rendered
+_CAPACITY = 0x110000 - _BASE
+_PRIVATE = re.compile(f"[{chr(_BASE)}-{chr(0x10FFFF)}]")
+_contents: ContextVar[np.ndarray] = ContextVar("contents")  # what the private code points stand for
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A text, and for each of its characters the place in the contents (>= 0) or -1 (written by the template)."""
+
+    text: str
+    origin: Int[np.ndarray, " char"]
+
+    def until(self, stop: int) -> "Rendering":
+        """The first `stop` characters."""
+        return Rendering(self.text[:stop], self.origin[:stop])
+
+
+class Contents:
+    """The contents of all messages, one after the other: a character's place in there is its origin.
+
+    `starts` holds each message's first place, and one more for the end; `codes` the code points. Raises InputError for
+    invalid Unicode.
+    """
+
+    def __init__(self, messages: Sequence[Message]):
+        self.messages = messages
+        self.starts = np.cumsum([0, *(len(message.content) for message in messages)])
+        try:
+            self.codes = _codes("".join(message.content for message in messages))
+        except UnicodeEncodeError as error:
+            number = int(np.searchsorted(self.starts, error.start, side="right"))
+            raise InputError(f"message {number}: invalid Unicode (a lone surrogate); repair or remove it") from error
+
+    def traced(self) -> list[dict[str, str]]:
+        """The messages as a template reads them, with private code points for the characters."""
+        raw = _text(np.arange(len(self.codes)) + _BASE)
+        spans = zip(self.messages, self.starts, self.starts[1:], strict=False)
+        return [{"role": m.role, "content": _Traced(raw[start:stop], m.content)} for m, start, stop in spans]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_prompt: bool) -> Rendering:
+    """The text that `apply_chat_template` yields, and where its characters come from.
+
+    Raises InputError for a tokenizer without a chat template, a template that is faulty, that fails, or that rewrites
+    contents so that the origin of a character is lost, and for more than 983,040 characters.
+    """
+    name, chat_template = tokenizer_name(tokenizer), template_source(tokenizer)
+    if not chat_template:
+        raise InputError(f"{name} has no chat template: set models.chat_template, or turn the template off")
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        raise InputError(f"{name} writes chats by code of its own, which cannot be followed; load it with a template")
+    if len(contents.codes) > _CAPACITY:
+        raise InputError(f"{len(contents.codes):,} characters in one conversation; at most {_CAPACITY:,}: split it")
+    followed = _compiled(chat_template)
+    given = _variables(tokenizer.special_tokens_map, generation_prompt)
+    token = _contents.set(contents.codes)
+    try:
+        text = _compile_jinja_template(chat_template).render(messages=_as_dicts(contents.messages), **given)
+        codes = _codes(followed.render(messages=contents.traced(), **given))
+        as_written = _text(_decoded(codes))
+    except Exception as error:  # a template is foreign code: it can raise anything
+        roles = ", ".join(message.role for message in contents.messages)
+        raise InputError(
+            f"the chat template of {name} cannot express messages of {roles}: "
+            f"{type(error).__name__}: {str(error) or 'no reason given'}; change the messages or the template"
+        ) from error
+    finally:
+        _contents.reset(token)
+    if as_written != text:
+        raise InputError(
+            f"the chat template of {name} rewrites contents (changes case, escapes, …): the roles of their characters "
+            "are lost; use a template that writes contents as they are"
+        )
+    return Rendering(text, np.where(codes >= _BASE, codes - _BASE, -1))
+
+
+def spelled_by_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template's source, and what it writes around contents in conversations of every role ('' without one)."""
+    chat_template = template_source(tokenizer)
+    return _spelled(chat_template, tuple(tokenizer.special_tokens_map.items())) if chat_template else ""
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The default chat template, '' without one. Raises InputError if there are several and none is the default."""
+    try:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    except ValueError as error:
+        raise InputError(f"{tokenizer_name(tokenizer)}: none of its chat templates is the default; name one") from error
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What an error calls the tokenizer: its folder, or its class."""
+    return tokenizer.name_or_path or type(tokenizer).__name__
+
+
+@functools.lru_cache(maxsize=32)
+def _spelled(chat_template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
+    spelled = [chat_template]
+    for roles in (("user", "assistant"), ("system", "user", "assistant"), ("user",), ("system", "user")):
+        messages = _as_dicts([Message(role, "\0") for role in roles])
+        for generation_prompt in (False, True):
+            given = _variables(dict(special_tokens), generation_prompt)
+            with contextlib.suppress(Exception):  # what a template refuses it does not write
+                spelled.append(_compile_jinja_template(chat_template).render(messages=messages, **given))
+    return "\0".join(spelled)
+
+
+def _variables(special_tokens: dict[str, str], generation_prompt: bool) -> dict[str, Any]:
+    """What a template is given besides the messages; a clock that stands still, so that two renderings agree."""
+    clock = datetime.datetime.now().strftime
+    fixed = {"tools": None, "documents": None, "strftime_now": clock, "add_generation_prompt": generation_prompt}
+    return {**fixed, **special_tokens}
+
+
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.int64)
+
+
+def _text(codes: np.ndarray) -> str:
+    return codes.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def _decoded(codes: np.ndarray) -> np.ndarray:
+    """Code points of a rendering, with those that stand for the contents replaced by what they stand for."""
+    private = codes >= _BASE
+    decoded = codes.copy()
+    decoded[private] = _contents.get()[codes[private] - _BASE]
+    return decoded
+
+
+def _plain(value):
+    """The text that a traced one stands for; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value._plain if isinstance(value, _Traced) else value
+
+
+def _lift(value):
+    """A string in which traced characters have come to lie, as a traced one."""
+    if isinstance(value, str) and not isinstance(value, _Traced) and _PRIVATE.search(value):
+        return _Traced(value, _text(_decoded(_codes(value))))
+    return value
+
+
+class _Traced(str):
+    """A str of private code points that a template sees as the text they stand for, `_plain`.
+
+    What a template cuts out of it or joins to it is traced as well. A method that is not listed here works on the
+    private code points: what it yields still names its origin, and where that differs from what the plain text yields,
+    the rendering is refused. In another case (`lower()`) it answers in that case, and is refused if it is written.
+    """
+
+    def __new__(cls, raw: str, plain: str):
+        traced = str.__new__(cls, raw)
+        traced._plain = plain
+        return traced
+
+    def __str__(self):
+        return self
+
+    def __getitem__(self, key):
+        return _Traced(str.__getitem__(self, key), self._plain[key])
+
+    def __iter__(self):
+        return map(_Traced, str.__iter__(self), self._plain)
+
+    def __add__(self, other):
+        return _Traced(str.__add__(self, other), self._plain + _plain(other))
+
+    def __radd__(self, other):
+        return _Traced(str.__add__(other, self), other + self._plain)
+
+    def join(self, pieces):
+        pieces = list(pieces)
+        return _Traced(str.join(self, pieces), self._plain.join(map(_plain, pieces)))
+
+    def lstrip(self, chars=None):
+        return self[len(self) - len(self._plain.lstrip(_plain(chars))) :]
+
+    def rstrip(self, chars=None):
+        return self[: len(self._plain.rstrip(_plain(chars)))]
+
+    def strip(self, chars=None):
+        return self.lstrip(chars).rstrip(chars)
+
+    def removeprefix(self, prefix):
+        return self[len(prefix) :] if self.startswith(prefix) else self
+
+    def removesuffix(self, suffix):
+        return self[: len(self) - len(suffix)] if self.endswith(suffix) else self
+
+    def split(self, sep=None, maxsplit=-1):
+        return self._cut(self._plain.split(_plain(sep), maxsplit), sep)
+
+    def rsplit(self, sep=None, maxsplit=-1):
+        return self._cut(self._plain.rsplit(_plain(sep), maxsplit), sep)
+
+    def splitlines(self, keepends=False):
+        lines = self._cut(self._plain.splitlines(keepends=True), "")
+        return lines if keepends else [line[: len(line._plain.splitlines()[0])] for line in lines]
+
+    def partition(self, sep):
+        start = self.find(sep)
+        return (self, "", "") if start < 0 else self._parted(start, start + len(sep))
+
+    def rpartition(self, sep):
+        start = self.rfind(sep)
+        return ("", "", self) if start < 0 else self._parted(start, start + len(sep))
+
+    def replace(self, old, new, count=-1):
+        if old:
+            return _Traced(new, _plain(new)).join(self.split(old, count))
+        return _Traced(str.replace(self, old, new, count), self._plain.replace(old, _plain(new), count))
+
+    def _parted(self, start, stop):
+        return self[:start], self[start:stop], self[stop:]
+
+    def _cut(self, pieces, sep):
+        """The plain pieces of a split, cut out of the traced text."""
+        cut, stop = [], 0
+        for n, piece in enumerate(pieces):
+            start = self._plain.index(piece, stop) if sep is None else stop + len(sep) * (n > 0)
+            stop = start + len(piece)
+            cut.append(self[start:stop])
+        return cut
+
+
+def _asked_of_the_plain_text(name: str) -> Callable:
+    asked = getattr(str, name)
+
+    def method(self, *args):
+        return asked(self._plain, *map(_plain, args))
+
+    return method
+
+
+def _in_another_case(name: str) -> Callable:
+    def method(self):
+        recased = getattr(self._plain, name)()
+        return _Traced(self, recased) if len(recased) == len(self) else self
+
+    return method
+
+
+for _name in (
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__contains__", "startswith", "endswith"),
+    *("find", "rfind", "index", "rindex", "count", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower"),
+    *("isidentifier", "isnumeric", "isprintable", "isspace", "istitle", "isupper"),
+):
+    setattr(_Traced, _name, _asked_of_the_plain_text(_name))
+for _name in ("lower", "upper", "casefold", "capitalize", "title", "swapcase"):
+    setattr(_Traced, _name, _in_another_case(_name))
+
+
+class _CodeGenerator(CodeGenerator):
+    """Makes jinja's `~` join as the environment does."""
+
+    def visit_Concat(self, node, frame):
+        self.write("concat(map(str, (")
+        for piece in node.nodes:
+            self.visit(piece, frame)
+            self.write(", ")
+        self.write(")))")
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(chat_template: str) -> jinja2.Template:
+    """The template in transformers' own environment, lifting what operators, filters and calls yield."""
+    try:
+        environment = _compile_jinja_template(chat_template).environment.overlay()
+        literals = environment.parse(chat_template).find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const))
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template is faulty: {error}") from error
+    if any(_PRIVATE.search(str(value)) for literal in literals for _, value in literal.iter_fields()):
+        raise InputError("the chat template holds characters from U+20000 on, which are needed to follow the contents")
+
+    def lifting(function: Callable) -> Callable:
+        return functools.wraps(function)(lambda *args, **kwargs: _lift(function(*args, **kwargs)))
+
+    environment.code_generator_class = _CodeGenerator
+    environment.concat = lifting("".join)
+    environment.call = lifting(environment.call)
+    environment.intercepted_binops = frozenset({"%", "*"})
+    environment.call_binop = lifting(environment.call_binop)
+    environment.filters = {name: lifting(function) for name, function in environment.filters.items()}
+    return environment.from_string(chat_template)
