@@ -101,6 +101,18 @@ def mean_over_heads(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.drop(columns="head").groupby(keys, sort=False, as_index=False).mean()
 
 
+def role_shift(shift: pd.DataFrame, role: str, layers: Sequence[int]) -> dict[str, pd.Series]:
+    """Every example's shift of one role: at each of the layers ("layer 3"), and as the "mean over layers" of all.
+
+    shift: rows example, layer, role, attention_shift, one for each example, layer and role, as `mean_over_heads` gives
+        them. The values are in [-1, 1], indexed by example. Raises InputError for a layer that was not measured.
+    """
+    by_layer = shift[shift.role == role].pivot(index="example", columns="layer", values="attention_shift")
+    if missing := set(layers) - set(by_layer.columns):
+        raise InputError(f"layer {min(missing)} was not measured; choose of {by_layer.columns.tolist()}")
+    return {f"layer {layer}": by_layer[layer] for layer in layers} | {"mean over layers": by_layer.mean(axis=1)}
+
+
 def _tidy(
     allocation: Float32[Tensor, "layer example head role"],
     layers: Sequence[int],

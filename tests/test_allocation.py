@@ -12,6 +12,7 @@ from ctxlib.allocation import (
     mean_over_heads,
     renormalise,
     retrieval_head,
+    role_shift,
 )
 from ctxlib.params import InputError
 from ctxlib.roles import PARTS, ROLES, RoleMap
@@ -129,6 +130,21 @@ def test_mean_over_heads_keeps_examples_layers_and_roles():
     numbers = ["with_template", "without_template", "attention_shift"]
     assert found.columns.tolist() == ["example", "layer", "role", *numbers]
     assert found.set_index("role").with_template.to_dict() == pytest.approx({"user": 0.4, "bos": 0.6})
+
+
+def test_role_shift_is_that_of_the_layer_and_the_mean_over_all_of_them():
+    rows = [(1, 0, 0.1), (1, 1, 0.3), (1, 2, -0.1), (0, 0, -0.2), (0, 1, 0.0), (0, 2, -0.4)]
+    shift = pd.DataFrame(rows, columns=["example", "layer", "attention_shift"]).assign(role="user")
+    shift = pd.concat([shift, shift.assign(role="bos", attention_shift=9.0)])
+    found = role_shift(shift, "user", [2, 1])
+    assert list(found) == ["layer 2", "layer 1", "mean over layers"]
+    assert {name: values.to_dict() for name, values in found.items()} == {
+        "layer 2": {0: -0.4, 1: -0.1},
+        "layer 1": {0: 0.0, 1: 0.3},
+        "mean over layers": pytest.approx({0: -0.2, 1: 0.1}),
+    }
+    with pytest.raises(InputError, match=r"layer 7 was not measured; choose of \[0, 1, 2\]"):
+        role_shift(shift, "user", [7])
 
 
 def test_nothing_to_measure_is_refused(model: PreTrainedModel):
