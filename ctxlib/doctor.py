@@ -588,7 +588,7 @@ def _mean_of(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"the mean of layers {', '.join(map(str, layers))}"
 
 
-def _heads(attention: Sequence[Float[Tensor, "head answer_pos"]], layer: int) -> Check:
+def _heads(attention: Sequence[Float[Tensor, "head _"]], layer: int) -> Check:
     name, heads = f"layer {layer}: heads", attention[0].shape[0]
     by_head = torch.stack([of_one.mean(dim=1) for of_one in attention]).double().numpy()
     agreement = rank_correlation(by_head, by_head.mean(axis=1, keepdims=True), axis=0)
