@@ -150,6 +150,9 @@ def score(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.", **_MODEL)
     ] = "float32",
     quantisation: Annotated[Literal["nf4"] | None, typer.Option(help="4-bit weights.", **_MODEL)] = None,
+    attention: Annotated[
+        Literal["sdpa", "eager"], typer.Option(help="eager: for models without sdpa, such as Gemma 2.", **_MODEL)
+    ] = "sdpa",
     token_budget: Annotated[int, typer.Option(help="Tokens in a batch, padding included.", **_RUN)] = 8192,
     conversations_per_part: Annotated[int, typer.Option(help="What a stop can lose at most.", **_RUN)] = 256,
     shard: Annotated[
@@ -176,6 +179,7 @@ def score(
         conversations_per_part=conversations_per_part,
         dtype=dtype,
         quantisation=quantisation,
+        attention=attention,
         chat_template=chat_template,
         revision=revision,
         format=format,

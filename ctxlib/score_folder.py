@@ -54,6 +54,7 @@ class Settings:
     conversations_per_part: int = 256
     dtype: str = "float32"
     quantisation: str | None = None
+    attention: str = "sdpa"
     chat_template: str | None = None
     revision: str | None = None
     format: str | None = None
@@ -141,7 +142,11 @@ class Prepared:
         folder, settings = Path(folder), self.settings
         self._make(folder)
         model = load_model(
-            settings.model, dtype=settings.dtype, quantisation=settings.quantisation, revision=settings.revision
+            settings.model,
+            dtype=settings.dtype,
+            quantisation=settings.quantisation,
+            attention=settings.attention,
+            revision=settings.revision,
         )
         identity = {
             "weights": weights_hash(model),
@@ -150,7 +155,7 @@ class Prepared:
             "conversations": _corpus_digest(self.corpus),
         }
         how = {name: getattr(settings, name) for name in _HOW}
-        parts = folder / "parts" / _digest([identity, how, settings.dtype, settings.quantisation])
+        parts = folder / "parts" / _digest([identity, how, settings.dtype, settings.quantisation, settings.attention])
         call = {"model": model, "tokenizer": self.tokenizer, "corpus": self.corpus, "shard_dir": parts, **how}
 
         there_before = set(_part_files(parts))
@@ -244,9 +249,8 @@ def prepare(settings: Settings) -> Prepared:
     config = load_config(settings.model, revision=settings.revision)
     depth, positions = (getattr(config, name, None) for name in ("num_hidden_layers", "max_position_embeddings"))
     if not depth or not positions:
-        raise InputError(
-            f"{settings.model}: a {config.model_type} model has no attention layers to record; use another"
-        )
+        missing = "layers" if not depth else "positions"
+        raise InputError(f"{settings.model}: a {config.model_type} model has no fixed number of {missing}; use another")
     tokenizer = load_tokenizer(settings.model, chat_template=settings.chat_template, revision=settings.revision)
     require_chat_template(tokenizer)
     corpus = settings.load_data()

@@ -10,7 +10,16 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from ctxlib import cli, score_folder
 from ctxlib.conversations import load_conversations
@@ -262,10 +271,16 @@ def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_pa
     small = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "hidden_size": 16}
     mamba = write_model(tmp_path / "mamba", tokenizer, MambaForCausalLM(MambaConfig(**small, state_size=4)))
     status, _, errors = score(model=mamba)
-    assert status == 2 and "mamba" in errors.splitlines()[-1]
+    assert status == 2 and "a mamba model has no fixed number of positions; use another" in errors
     assert not (tmp_path / "scores" / "scores.json").exists()
     gpt2 = GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=16, n_head=2, n_positions=256)
     status, said, _ = score(model=write_model(tmp_path / "gpt2", tokenizer, GPT2LMHeadModel(gpt2)))
+    assert status == 0 and "scored 7 of 7" in said
+    gemma = Gemma2Config(**small, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    gemma = write_model(tmp_path / "gemma2", tokenizer, Gemma2ForCausalLM(gemma))
+    status, _, errors = score(model=gemma)
+    assert status == 2 and "not loadable" in errors and 'attn_implementation="eager"' in errors
+    status, said, _ = score("--attention", "eager", model=gemma)
     assert status == 0 and "scored 7 of 7" in said
 
 
@@ -279,6 +294,15 @@ def test_a_score_that_is_not_a_number_is_named_and_finished_parts_stay(score, se
     assert status == 2 and "conversation 'c1'" in (line := errors.splitlines()[-1])
     assert "layer 2: the score is not a number" in line
     assert len(list(tmp_path.glob("scores/parts/*/*/part-*.parquet"))) == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(score, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_folder, "score_corpus", interrupted)
+    status, _, errors = score()
+    assert status == 130 and "stopped; the same command goes on from the parts in" in errors
 
 
 def test_nothing_that_fits_is_an_error(score):
