@@ -271,8 +271,10 @@ class _Steering:
         self.log_alpha = math.log(steering_alpha)
         self.compounds = reading == "paper"
         self.layers = _checked("layer", layers, model.config.num_hidden_layers)
-        self.heads = _checked("head", heads, model.config.num_attention_heads)
+        self.steers_head = torch.zeros(model.config.num_attention_heads, dtype=torch.bool)
+        self.steers_head[_checked("head", heads, len(self.steers_head))] = True
         self.steer_generated = not self.compounds if steer_generated is None else steer_generated
+        self._shared: tuple = (None, None)
 
     def steer(
         self,
@@ -280,7 +282,7 @@ class _Steering:
         query: Float[Tensor, "batch head query_pos width"],
         key: Float[Tensor, "batch kv_head key_pos width"],
         scaling: float,
-    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    ) -> tuple[Float[Tensor, "batch head query_pos wider"], Float[Tensor, "batch kv_head key_pos wider"]]:
         """Two more dimensions, whose product is the bias: causal kernels and grouped queries stay as they are.
 
         The bias is split in two, so that half precision holds it to twice its digits.
@@ -288,18 +290,26 @@ class _Steering:
         if layer not in self.layers:
             return query, key
         _check_batch(query, len(self.keep))
-        generated = key.shape[2] - self.keep.shape[1]
-        if generated < 0:
-            raise InputError(f"keep has {self.keep.shape[1]} positions, but the model saw only {key.shape[2]}")
-        keep = F.pad(self.keep.to(key.device), (0, generated), value=not self.steer_generated)
         log_weight = self.log_alpha * (layer + 1 if self.compounds else 1)
-        bias = torch.where(keep, 0.0, log_weight / scaling)
-        high = bias.to(key.dtype)
-        low = (bias - high).to(key.dtype)
-        bias_dims = torch.stack([high, low], dim=-1)[:, None].expand(-1, key.shape[1], -1, -1)
-        steered = query.new_zeros(*query.shape[:-1], 2)
-        steered[:, self.heads] = 1
-        return torch.cat([query, steered], dim=-1), torch.cat([key, bias_dims], dim=-1)
+        bias = self._bias(key.shape[2], log_weight / scaling, key.dtype, key.device)
+        steered = self.steers_head.to(query)[:, None, None]
+        return (
+            _widened(query, steered.expand(len(query), -1, query.shape[2], 2)),
+            _widened(key, bias[:, None].expand(-1, key.shape[1], -1, -1)),
+        )
+
+    def _bias(self, keys: int, log_weight: float, dtype, device) -> Float[Tensor, "batch key_pos 2"]:
+        """The bias, split in two; the layers of one pass mostly share it."""
+        if self._shared[0] != (keys, log_weight, dtype):
+            generated = keys - self.keep.shape[1]
+            if generated < 0:
+                raise InputError(f"keep has {self.keep.shape[1]} positions, but the model saw only {keys}")
+            keep = F.pad(self.keep.to(device), (0, generated), value=not self.steer_generated)
+            bias = torch.where(keep, 0.0, log_weight)
+            high = bias.to(dtype)
+            low = (bias - high).to(dtype)
+            self._shared = (keys, log_weight, dtype), torch.stack([high, low], dim=-1)
+        return self._shared[1].to(device)
 
 
 class _Attention:
@@ -346,7 +356,7 @@ class _Attention:
         if riders:
             query, key, value = query.float(), key.float(), value.float()
         ridden = [rider.columns[:, None].expand(-1, key.shape[1], -1, -1) for rider in riders]
-        tensors = _of_one_width(query, key, torch.cat([value, *ridden], dim=-1) if riders else value)
+        tensors = _of_one_width(query, key, _widened(value, *ridden) if riders else value)
         output, pattern = self._own_function(module)(module, *tensors, attention_mask, scaling=scaling, **kwargs)
         sizes = [rider.columns.shape[2] for rider in riders]
         own, *grouped, _ = output.split([width, *sizes, output.shape[-1] - width - sum(sizes)], dim=-1)
@@ -373,10 +383,17 @@ class _Attention:
 
 
 def _of_one_width(*tensors: Float[Tensor, "batch _ _ _"]) -> list[Float[Tensor, "batch _ _ _"]]:
-    """Zeros on the right, up to a multiple of 8, where widths differ: fused kernels want one width."""
-    widths = {tensor.shape[-1] for tensor in tensors}
-    width = max(widths) if len(widths) == 1 else -(-max(widths) // 8) * 8
-    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+    """Zeros on the right where widths differ: fused kernels want one width."""
+    widest = max(tensors, key=lambda tensor: tensor.shape[-1])
+    width = widest.shape[-1]
+    return [tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+
+
+def _widened(tensor: Float[Tensor, "*axes width"], *more: Float[Tensor, "*axes _"]) -> Float[Tensor, "*axes wider"]:
+    """More columns on the right, and zeros up to a multiple of 8, as fused kernels like it."""
+    width = tensor.shape[-1] + sum(columns.shape[-1] for columns in more)
+    zeros = tensor.new_zeros(1).expand(*tensor.shape[:-1], -width % 8)
+    return torch.cat([tensor, *more, zeros], dim=-1)
 
 
 class _Stop(Exception):
