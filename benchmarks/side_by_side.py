@@ -1,0 +1,107 @@
+"""What the benchmarks share: a random Llama, calls timed in turns, the peak of memory, a table and a line."""
+
+import ctypes
+import gc
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES = {
+    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12},
+    "tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
+    "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+HEADS = {"small": (12, 4), "tinyllama": (32, 4), "llama-3-8b": (32, 8)}
+
+
+def random_llama(
+    shape: str = "small",
+    dtype: str = "float32",
+    device: str = "cpu",
+    heads: tuple[int, int] | None = None,
+    attention: str = "sdpa",
+) -> LlamaForCausalLM:
+    """A Llama of random weights; `heads`: query heads and key-value heads."""
+    n_heads, n_kv_heads = heads or HEADS[shape]
+    config = LlamaConfig(
+        **SHAPES[shape],
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads,
+        vocab_size=32000,
+        max_position_embeddings=16384,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return model.eval()
+
+
+def in_turns(ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
+    """Seconds of every way, one row a repeat. The ways take turns, so that what slows the machine slows them all."""
+    rows = []
+    for repeat in range(repeats + 1):
+        rows.append({name: seconds(way, device) for name, way in ways.items()})
+        if repeat == 0:
+            rows.clear()  # the first round warms up
+    return pd.DataFrame(rows)
+
+
+def seconds(way: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock time of one call."""
+    _wait(device)
+    began = time.perf_counter()
+    way()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def peak_mib(way: Callable[[], object], device: str = "cpu") -> float:
+    """The most memory, in MiB, that one call holds above what was held before it (on the CPU: Linux only)."""
+    gc.collect()
+    _wait(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    way()
+    return (_status("VmHWM") - before) / 1024
+
+
+def model_mib(model: torch.nn.Module) -> float:
+    """Memory of the weights in MiB."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+
+
+def report(table: pd.DataFrame, **figures: float) -> None:
+    """Print where it ran, the table, and the figures as the last line."""
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{device}; torch {torch.__version__}\n")
+    print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"), end="\n\n")
+    print(" ".join(f"{name}={value:.3g}" for name, value in figures.items()))
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1])
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

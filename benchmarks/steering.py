@@ -1,0 +1,61 @@
+"""What steering costs in `generate`: tokens a second, steered against plain, side by side.
+
+    .venv/bin/python benchmarks/steering.py [--dtype bfloat16] [--shape tinyllama] [--device cuda]
+
+A batch of left-padded prompts, every layer and head steered to the middle half of each prompt. Goal: >= 0.9.
+"""
+
+import argparse
+
+import pandas as pd
+import torch
+from side_by_side import SHAPES, in_turns, random_llama, report
+
+from ctxlib.attention import steer_attention
+
+BATCHES = ((1, 1024), (8, 256))  # prompts, tokens of the longest
+NEW_TOKENS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+
+    rows = []
+    for dtype in options.dtype:
+        model = random_llama(options.shape, dtype, options.device)
+        model.generation_config.pad_token_id = 0
+        for prompts, length in BATCHES:
+            rows.append(compare(model, prompts, length, options))
+    table = pd.DataFrame(rows)
+    report(table, steered_vs_plain=table.steered_vs_plain.min())
+
+
+def compare(model, prompts: int, length: int, options) -> dict[str, object]:
+    lengths = torch.linspace(length, length // 2, prompts).long()
+    place = torch.arange(length).expand(prompts, -1)
+    mask = (place >= length - lengths[:, None]).to(options.device)
+    keep = ((place >= length // 2) & (place < 3 * length // 4)).to(options.device)
+    ids = torch.randint(3, 32000, (prompts, length), device=options.device)
+
+    def plain():
+        settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        return model.generate(ids, attention_mask=mask.long(), **settings)
+
+    def steered():
+        with steer_attention(model, keep, steering_alpha=0.1):
+            return plain()
+
+    times = in_turns({"plain": plain, "steered": steered}, options.repeats, options.device)
+    rates = prompts * NEW_TOKENS / times.median()
+    cell = {"dtype": str(model.dtype).removeprefix("torch."), "prompts": prompts, "prompt_tokens": length}
+    cell |= {"plain_tokens_per_s": rates.plain, "steered_tokens_per_s": rates.steered}
+    return cell | {"steered_vs_plain": (times.plain / times.steered).median()}
+
+
+if __name__ == "__main__":
+    main()
