@@ -251,13 +251,14 @@ def prepare(settings: Settings) -> Prepared:
     if not depth or not positions:
         missing = "layers" if not depth else "positions"
         raise InputError(f"{settings.model}: a {config.model_type} model has no fixed number of {missing}; use another")
+    layers = _layers(settings.layers, depth, settings.model)
     tokenizer = load_tokenizer(settings.model, chat_template=settings.chat_template, revision=settings.revision)
     require_chat_template(tokenizer)
     corpus = settings.load_data()
     prepared = Prepared(
         settings=replace(
             settings,
-            layers=_layers(settings.layers, depth, settings.model),
+            layers=layers,
             max_length=min(
                 positions, settings.max_length or (PAPER_MAX_LENGTH if settings.reading == "paper" else positions)
             ),
