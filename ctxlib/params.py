@@ -87,7 +87,7 @@ class Scoring(Section):
     head_reduction: Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     threshold: Fraction
-    token_budget: Count
+    token_budget: Count | None
 
 
 class Finetune(Section):
