@@ -2,8 +2,10 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +150,29 @@ def test_half_precision_is_within_its_tolerance(dtype, tokenizer):
     assert row(frame, "recording")["verdict"] == row(frame, "steering")["verdict"] == "ok"
 
 
+def test_rounding_that_adds_up_over_layers_is_noted_and_not_taken_for_a_fault(tokenizer):
+    torch.manual_seed(0)
+    wild = {"num_hidden_layers": 16, "hidden_size": 128, "initializer_range": 0.15}
+    model = LlamaForCausalLM(LlamaConfig(**{**GQA, **wild})).eval().to(torch.bfloat16)
+    found = row(examine(model, tokenizer, corpus=few()), "recording")
+    assert found["verdict"] == "note" and "multiply rounding" in found["remedy"]
+
+
+@pytest.mark.parametrize("way", ["all", "last"])
+def test_both_ways_of_recording_are_compared_with_eager(model, tokenizer, monkeypatch, way):
+    record = doctor.record_allocation
+
+    @contextmanager
+    def off(model, roles, rows="last"):
+        with record(model, roles, rows=rows) as recording:
+            kept = SimpleNamespace()
+            yield kept
+        kept.allocation = recording.allocation + (0.001 if rows == way else 0)
+
+    monkeypatch.setattr(doctor, "record_allocation", off)
+    assert row(examine(model, tokenizer, corpus=few()), "recording")["verdict"] == "fail"
+
+
 def test_the_examination_leaves_the_model_as_it_was(model, tokenizer):
     ids = torch.arange(3, 20)[None]
     before = model(ids).logits
@@ -185,7 +210,7 @@ def test_a_model_that_computes_another_attention_than_it_tells_fails(model, toke
 
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", sharper)
     found = row(examine(model, tokenizer, corpus=few()), "recording")
-    assert found["verdict"] == "fail" and "float32" in found["remedy"]
+    assert found["verdict"] == "fail" and "do not trust it" in found["remedy"]
 
 
 def test_weights_that_are_not_numbers_fail(model, tokenizer):
@@ -202,7 +227,7 @@ def test_steering_by_another_alpha_than_asked_for_fails(model, tokenizer, monkey
 
 def test_a_window_and_eager_attention_are_noted(tokenizer):
     found = row(examine(build("gemma2"), tokenizer, corpus=few()), "model")
-    assert "2 layers see 64 tokens back" in found["finding"] and "models.attention: eager" in found["remedy"]
+    assert "2 layers see 64 tokens back" in found["finding"] and "attention: eager" in found["remedy"]
     assert "3 layers see 64" in row(examine(build("mistral"), tokenizer, corpus=few()), "model")["finding"]
 
 
@@ -401,9 +426,11 @@ def test_a_layer_unlike_the_others_is_noted():
     ranks = np.linspace(0, 1, 20)
     scores = np.stack([ranks, ranks**2, ranks, ranks, ranks, 1 - ranks], axis=1)
     like = doctor._beside_other_layers(scores, 1)
-    assert like.verdict == "ok" and "the mean of layers 2, 3: 1.00 (1.00 to 1.00); least like layer 5" in like.finding
+    assert like.verdict == "ok" and "the mean of layers 2 to 3: 1.00 (1.00 to 1.00); least like layer 5" in like.finding
     unlike = doctor._beside_other_layers(scores, 5)
-    assert unlike.verdict == "note" and "layers 2, 3: -1.00 (-1.00 to -1.00)" in unlike.finding
+    assert unlike.verdict == "note" and "layers 2 to 3: -1.00 (-1.00 to -1.00)" in unlike.finding
+    deep = np.tile(ranks[:, None], 9)
+    assert "as the mean of layers 3 to 5 but 4: 1.00" in doctor._beside_other_layers(deep, 4).finding
     assert doctor._beside_other_layers(scores[:, :1], 0).finding == "it is the only layer"
 
 
