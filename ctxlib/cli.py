@@ -153,7 +153,10 @@ def score(
     attention: Annotated[
         Literal["sdpa", "eager"], typer.Option(help="eager: for models without sdpa, such as Gemma 2.", **_MODEL)
     ] = "sdpa",
-    token_budget: Annotated[int, typer.Option(help="Tokens in a batch, padding included.", **_RUN)] = 8192,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a batch, padding included.", show_default="8192; on a CPU 512", **_RUN),
+    ] = None,
     conversations_per_part: Annotated[int, typer.Option(help="What a stop can lose at most.", **_RUN)] = 256,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Score only this share of the parts, counted from 1: 1/4 … 4/4.", **_RUN)

@@ -50,7 +50,7 @@ class Settings:
     reading: Reading = "clean"
     head_reduction: HeadReduction = "max_then_mean"
     max_length: int | None = None
-    token_budget: int = 8192
+    token_budget: int | None = None
     conversations_per_part: int = 256
     dtype: str = "float32"
     quantisation: str | None = None
