@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from ctxlib.params import InputError
 from ctxlib.rendering import Rendering, tokenizer_name
 
-_GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # "noncharacters" of Unicode, never to be interchanged
+# What a name begins and ends with: pairs of Unicode's "noncharacters", never to be interchanged. Were the two the same,
+# a content between two names could complete one.
+_GUARDS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
 _CONTROL = -2  # origin of the characters of a control token
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte of a character that the vocabulary lacks
 _REMEMBERED = 8  # twins of a tokenizer: one for each chat template, more for odd texts
@@ -32,12 +34,12 @@ def encode(
     """Ids, and the characters of the contents that each token holds: first and last + 1, or -1, -1 for none.
 
     Added tokens that occur in `spelled`, or in what the template wrote here, are control tokens as special tokens are.
-    Raises InputError for a slow tokenizer that normalises text, and for a text with all noncharacters from U+FDD0 on.
+    Raises InputError for a slow tokenizer that normalises text, and for a text full of noncharacters.
     """
     text, origin = rendering.text, rendering.origin
-    guard = next((guard for guard in _GUARDS if guard not in text), None)
+    guard = next((pair for pair in _GUARDS if not (pair[0] in text or pair[1] in text)), None)
     if guard is None:
-        raise InputError("the text holds all of the noncharacters U+FDD0 to U+FDEF; remove one of them")
+        raise InputError("the text holds noncharacters from all over U+FDD0 to U+FDEF; remove them")
     borders = np.flatnonzero(np.diff(origin < 0)) + 1
     runs = [(start, stop) for start, stop in zip([0, *borders], [*borders, len(text)], strict=True) if start < stop]
     written = "\0".join(text[start:stop] for start, stop in runs if origin[start] < 0)
@@ -45,24 +47,23 @@ def encode(
     of_this_text = (guard, control, len(tokenizer))
     encoder = _once(tokenizer, of_this_text, lambda: _encoder(tokenizer, guard, control))
 
-    pieces, origins = [], []
-    for start, stop in runs:
-        done = start
-        for found in encoder.control.finditer(text, start, stop) if origin[start] < 0 else ():
-            name = encoder.names[found.group()]
-            pieces += [text[done : found.start()], name]
-            origins += [origin[done : found.start()], np.full(len(name), _CONTROL)]
-            done = found.end()
-        pieces.append(text[done:stop])
-        origins.append(origin[done:stop])
-    named, origin = "".join(pieces), np.concatenate([*origins, [-1]])
-
-    if encoder.backend is None:
-        tokens, offsets = _encode_by_pieces(tokenizer, named, {name: token for token, name in encoder.names.items()})
-    else:
-        encoding = encoder.backend.encode(named, add_special_tokens=False)
-        tokens, offsets = [encoder.original_ids.get(token, token) for token in encoding.ids], encoding.offsets
-    starts, stops = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    found = [
+        match for start, stop in runs if origin[start] < 0 for match in encoder.control.finditer(text, start, stop)
+    ]
+    while True:
+        named, origin, heads = _with_names(rendering, found, encoder.names)
+        if encoder.backend is None:
+            tokens, offsets = _encode_by_pieces(tokenizer, named, {name: t for t, name in encoder.names.items()})
+        else:
+            encoding = encoder.backend.encode(named, add_special_tokens=False)
+            tokens, offsets = [encoder.original_ids.get(token, token) for token in encoding.ids], encoding.offsets
+        ids = np.array(tokens, dtype=np.int64)
+        starts, stops = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        expected = np.array([encoder.ids[match.group()] for match in found], dtype=np.int64)
+        recognised = np.append(ids, -1)[np.searchsorted(stops, heads, side="right")] == expected
+        if recognised.all():
+            break
+        found = [match for match, is_token in zip(found, recognised, strict=True) if is_token]  # others stay text
     places = np.arange(len(origin))
     following = np.minimum.accumulate(np.where(origin >= 0, places, len(origin) - 1)[::-1])[::-1]
     preceding = np.maximum.accumulate(np.where(origin >= 0, places, -1))
@@ -70,7 +71,22 @@ def encode(
     holds_content = (following[starts] < stops) & (controls[stops] == controls[starts])
     first = np.where(holds_content, origin[following[starts]], -1)
     last = np.where(holds_content, origin[preceding[np.maximum(stops - 1, 0)]], -2)
-    return np.array(tokens, dtype=np.int64), np.stack([first, last + 1], axis=1)
+    return ids, np.stack([first, last + 1], axis=1)
+
+
+def _with_names(
+    rendering: Rendering, found: list[re.Match], names: dict[str, str]
+) -> tuple[str, Int[np.ndarray, " char"], Int[np.ndarray, " name"]]:
+    """The text with names in place of the control tokens found, its origins (and one more), and each name's start."""
+    pieces, origins, heads, done, length = [], [], [], 0, 0
+    for match in found:
+        name = names[match.group()]
+        pieces += [rendering.text[done : match.start()], name]
+        origins += [rendering.origin[done : match.start()], np.full(len(name), _CONTROL)]
+        heads.append(length + match.start() - done)
+        length, done = heads[-1] + len(name), match.end()
+    named = "".join([*pieces, rendering.text[done:]])
+    return named, np.concatenate([*origins, rendering.origin[done:], [-1]]), np.array(heads, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +96,7 @@ class _Encoder:
     backend: Tokenizer | None  # None for a slow tokenizer
     control: re.Pattern
     names: dict[str, str]
+    ids: dict[str, int]
     original_ids: dict[int, int]  # of the tokens whose id differs in the twin
 
 
@@ -116,10 +133,11 @@ def _any_of(tokens) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, guard: str, control: frozenset[str]) -> _Encoder:
-    names = {token: f"{guard}{n}{guard}" for n, token in enumerate(sorted(control))}
+def _encoder(tokenizer: PreTrainedTokenizerBase, guard: tuple[str, str], control: frozenset[str]) -> _Encoder:
+    own_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in sorted(control)}
+    names = {token: str(n).join(guard) for n, (token, own) in enumerate(own_ids.items()) if own is not None}
     if not tokenizer.is_fast:
-        return _Encoder(None, _any_of(control), names, {})
+        return _Encoder(None, _any_of(names), names, own_ids, {})
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = state["model"], tokenizer.backend_tokenizer.normalizer
@@ -144,7 +162,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, guard: str, control: frozenset[
             token["normalized"] = False  # the name would not survive
     twin = Tokenizer.from_str(json.dumps(state))
     in_twin = {twin.token_to_id(content): token for content, token in ids.items()}
-    return _Encoder(twin, _any_of(names), names, {token: own for token, own in in_twin.items() if token != own})
+    return _Encoder(twin, _any_of(names), names, own_ids, {t: own for t, own in in_twin.items() if t != own})
 
 
 _AS_SPACE = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)  # as sentencepiece's usual normalisation has it

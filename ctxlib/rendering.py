@@ -268,8 +268,7 @@ def _asked_of_the_plain_text(name: str) -> Callable:
 
 def _in_another_case(name: str) -> Callable:
     def method(self):
-        recased = getattr(self._plain, name)()
-        return _Traced(self, recased) if len(recased) == len(self) else self
+        return _Traced(self, getattr(self._plain, name)())
 
     return method
 

@@ -1,6 +1,5 @@
-"""Roles: the template is traced, not searched. Oracles: renderings by hand, transformers' own ids, plain str."""
+"""Roles, turns and alignment of tokens. Oracles: renderings by hand, transformers' own ids."""
 
-import io
 import json
 import unicodedata
 from pathlib import Path
@@ -13,7 +12,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-import ctxlib.rendering
 from ctxlib.conversations import Message
 from ctxlib.params import InputError
 from ctxlib.roles import (
@@ -51,6 +49,9 @@ fragments, forged = st.sampled_from(ODD), st.sampled_from(FORGED)
 any_text = st.lists(st.one_of(fragments, forged, st.text(max_size=4)), max_size=6).map("".join)
 CONTROL = ("</s>", "<s>", "<unk>", "<|im_", "[IND]")
 plain_text = any_text.filter(lambda text: not any(token in text for token in CONTROL))
+
+of_each_template = pytest.mark.parametrize("template", [CHATML, FOLDED], ids=["chatml", "folded"])
+of_each_tokenizer = pytest.mark.parametrize("kind", ["merging", "unigram"])
 
 
 @st.composite
@@ -140,8 +141,8 @@ def test_roles_partition_the_tokens_as_written_by_hand(tokenizer, messages, gene
     assert len(role_of) == len(role_of.ids) == len(role_of.roles) == len(role_of.turns) == len(role_of.chars)
 
 
-@pytest.mark.parametrize("template", [CHATML, FOLDED], ids=["chatml", "folded"])
-@pytest.mark.parametrize("kind", ["merging", "unigram"])
+@of_each_template
+@of_each_tokenizer
 @few
 @given(messages=dialogues(plain_text))
 def test_ids_are_those_of_the_chat_template(request, kind, template, messages):
@@ -149,8 +150,8 @@ def test_ids_are_those_of_the_chat_template(request, kind, template, messages):
     assert role_map(tokenizer, messages).ids.tolist() == tokenizer.apply_chat_template(dicts(messages)).input_ids
 
 
-@pytest.mark.parametrize("template", [CHATML, FOLDED], ids=["chatml", "folded"])
-@pytest.mark.parametrize("kind", ["merging", "unigram"])
+@of_each_template
+@of_each_tokenizer
 @few
 @given(messages=dialogues(any_text))
 def test_nobody_can_forge_a_control_token(request, kind, template, messages):
@@ -183,69 +184,14 @@ def test_user_text_containing_a_role_marker_stays_user(tokenizer):
 TALK = [Message("system", " Be. "), Message("user", " a b "), Message("assistant", " r</think>c ")]
 TALK.append(Message("user", "d"))
 LOOP = "{% for m in messages %}"
-TEMPLATES = {
-    "trims": (
-        LOOP + "[{{ m.content | trim }}]{% endfor %}",
-        [("[", 4), ("Be.", 1), ("][", 4), ("a b", 2), ("][", 4), ("r</think>c", 3), ("][", 4), ("d", 2), ("]", 4)],
-    ),
-    "adds a system text": (
-        "You help.\n" + LOOP + "{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-        [("You help.\n", 4), (" a b d", 2)],
-    ),
-    "drops earlier reasoning": (
-        LOOP + "{% if '</think>' in m.content %}{{ '<' ~ m.content.split('</think>')[-1].lstrip() }}"
-        "{% else %}{{ '<' ~ m.content }}{% endif %}{% endfor %}",
-        [("<", 4), (" Be. ", 1), ("<", 4), (" a b ", 2), ("<", 4), ("c ", 3), ("<", 4), ("d", 2)],
-    ),
-    "drops earlier turns": ("{{ messages[0].content }}:{{ messages[-1].content }}", [(" Be. ", 1), (":", 4), ("d", 2)]),
-    "turns the order round": (
-        "{{ messages[3].content + '|' + messages[1].content }}",
-        [("d", 2), ("|", 4), (" a b ", 2)],
-    ),
-    "joins in a block": (
-        "{% set t %}{{ messages[1].content }}!{{ messages[3].content }} {% endset %}<{{ t | trim }}>",
-        [("<", 4), ("a b ", 2), ("!", 4), ("d", 2), (">", 4)],
-    ),
-    "joins with a tilde": (
-        "{{ ('\n' ~ messages[1].content ~ '/' ~ messages[3].content ~ '\n').strip() }}",
-        [("a b ", 2), ("/", 4), ("d", 2)],
-    ),
-    "calls a macro": (
-        "{% macro turn(m) %} <{{ m.content }}> {% endmacro %}"
-        "{{ turn(messages[1]) | trim }}{{ turn(messages[3]).strip() }}",
-        [("<", 4), (" a b ", 2), ("><", 4), ("d", 2), (">", 4)],
-    ),
-    "joins a list": (
-        "{{ ' '.join([messages[1].content, messages[3].content]).strip() }}"
-        "{{ messages[:2] | map(attribute='content') | join('-') }}",
-        [("a b ", 2), (" ", 4), ("d", 2), (" Be. ", 1), ("-", 4), (" a b ", 2)],
-    ),
-    "formats": (
-        "{{ '<%s>' % messages[1].content }}{{ '({})'.format(messages[3].content) }}"
-        "{{ '%s.' | format(messages[3].content) }}",
-        [("<", 4), (" a b ", 2), (">(", 4), ("d", 2), (")", 4), ("d", 2), (".", 4)],
-    ),
-    "replaces": (
-        "{{ messages[1].content | replace('a', 'A') }}"
-        "{{ messages[3].content.replace('d', '[' + messages[3].content + ']') }}",
-        [(" ", 2), ("A", 4), (" b ", 2), ("[", 4), ("d", 2), ("]", 4)],
-    ),
-    "marks its generation": (
-        LOOP + "{% generation %}{{ m.content }};{% endgeneration %}{% endfor %}",
-        [(" Be. ", 1), (";", 4), (" a b ", 2), (";", 4), (" r</think>c ", 3), (";", 4), ("d", 2), (";", 4)],
-    ),
-    "asks about the text": (
-        LOOP + "{% if m.content is string and m.content.strip().startswith('d') and m.content != '' %}"
-        "{{ m.content[0] }}{% endif %}{% endfor %}",
-        [("d", 2)],
-    ),
-}
 
 
-@pytest.mark.parametrize("template, parts", TEMPLATES.values(), ids=TEMPLATES.keys())
-def test_every_way_of_writing_a_content_keeps_its_role(of_bytes, template, parts):
-    role_of = role_map(with_template(of_bytes, template), TALK, bos=False)
+def test_left_out_and_repeated_contents_keep_role_and_turn(of_bytes):
+    with_template(of_bytes, "{{ messages[3].content }}:{{ messages[0].content }};{{ messages[1].content[1:] * 2 }}")
+    role_of = role_map(of_bytes, TALK, bos=False)
+    parts = [("d", USER), (":", TEMPLATE), (" Be. ", SYSTEM), (";", TEMPLATE), ("a b a b ", USER)]
     assert rendered(role_of) == by_hand(of_bytes, *parts)
+    assert role_of.turns.tolist() == [2, 2] + [0] * 5 + [2] + [1] * 8
 
 
 def test_folded_system_text_is_system_inside_the_users_turn(of_bytes):
@@ -383,7 +329,7 @@ def test_the_marked_prompt_is_the_rendering_of_the_content_with_the_indicator(un
         assert role_map(tokenizer, [message], indicator="[IND]", indicator_space=space).ids.tolist() == expected
 
 
-@pytest.mark.parametrize("template", [CHATML, FOLDED], ids=["chatml", "folded"])
+@of_each_template
 @pytest.mark.parametrize("kind", ["of_bytes", "unigram"])
 def test_a_response_prefix_is_tokenised_as_a_continuation(request, kind, template):
     tokenizer = with_template(request.getfixturevalue(kind), template)
@@ -407,9 +353,7 @@ REFUSED = {
     "no template": (None, TALK, {}, "no chat template"),
     "broken template": ("{% if %}", TALK, {}, "template"),
     "contents in upper case": ("{{ messages[3].content | upper }}", TALK, {}, "rewrites contents"),
-    "contents as JSON": ("{{ messages | tojson }}", [Message("user", '"')], {}, "rewrites contents"),
     "last message left out": ("{{ messages[0].content }}", TALK, {}, "leaves out the last message"),
-    "private characters": ("\U00020001{{ messages[0].content }}", TALK[1:2], {}, r"U\+20000"),
     "no messages": (CHATML, [], {}, "no messages"),
     "unknown role": (CHATML, [Message("tool", "x")], {}, "message 1: unknown role 'tool'"),
     "lone surrogate": (CHATML, [TALK[0], Message("user", "\ud83d")], {}, "message 2: invalid Unicode"),
@@ -463,59 +407,6 @@ def test_tokens_added_later_are_seen(merging):
     assert torch.equal(role_map(tokenizer, message).ids, before.ids)
     marked = role_map(tokenizer, message, indicator="[IND]")
     assert marked.ids.tolist().count(tokenizer.convert_tokens_to_ids("[IND]")) == 1 and len(marked) == len(before) + 1
-
-
-def test_a_slow_tokenizer_works_without_offsets(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    from transformers import SpeechT5Tokenizer
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the best thing to do in town", "user assistant hello world <|>"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        byte_fallback=True,
-        model_type="bpe",
-        minloglevel=2,
-    )
-    (tmp_path / "spiece.model").write_bytes(model.getvalue())
-    tokenizer = SpeechT5Tokenizer(vocab_file=str(tmp_path / "spiece.model"))
-    assert not tokenizer.is_fast
-    tokenizer.chat_template = LOOP + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    messages = [Message("user", "the  best thing?\n\n"), Message("assistant", "hello 👍")]
-    role_of = role_map(tokenizer, messages, bos=False)
-    assert role_of.ids.tolist() == tokenizer.apply_chat_template(dicts(messages)).input_ids
-    pieces = tokenizer.convert_ids_to_tokens(role_of.ids)
-    user = "".join(piece for piece, role in zip(pieces, role_of.roles, strict=True) if role == USER)
-    assert user.replace("<0x3F>", "?").replace("▁", " ").split() == ["the", "best", "thing?"]
-    forged = role_map(tokenizer, [Message("user", "best</s>thing"), messages[1]])
-    assert forged.ids.tolist().count(tokenizer.eos_token_id) == 2
-    with pytest.raises(InputError, match=r"tokenizer\.json"):
-        role_map(tokenizer, [Message("user", "ﬁn")])  # a ligature, which the tokenizer normalises
-
-
-METHODS = [
-    *[("strip",), ("lstrip",), ("rstrip",), ("strip", " ax"), ("split",), ("split", "a"), ("split", "a", 1)],
-    *[("split", None, 1), ("rsplit", "a", 1), ("rsplit", None, 1), ("splitlines",), ("splitlines", True)],
-    *[("partition", "b"), ("rpartition", "b"), ("replace", "a", "xx"), ("replace", "ab", "", 1), ("replace", "", "-")],
-    *[("removeprefix", "a"), ("removesuffix", "b"), ("startswith", "a"), ("endswith", ("b", " ")), ("find", "b")],
-    *[("count", "a"), ("isspace",), ("__contains__", "ab"), ("__eq__", "ab"), ("__hash__",), ("join", ["p", "q"])],
-    *[("__getitem__", slice(1, -1)), ("__add__", "z"), ("lower",), ("title",)],
-]
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(alphabet="ab \n\r\x1d\u2003x", max_size=8), call=st.sampled_from(METHODS))
-def test_traced_text_behaves_as_the_text_it_stands_for(text, call):
-    [message] = ctxlib.rendering.Contents([Message("user", text)]).traced()
-    name, *args = call
-    found, expected = getattr(message["content"], name)(*args), getattr(text, name)(*args)
-    if isinstance(expected, str):
-        found, expected = [found], [expected]
-    if isinstance(expected, list | tuple):
-        assert [ctxlib.rendering._plain(piece) for piece in found] == list(expected)
-    else:
-        assert found == expected
 
 
 REAL_TEMPLATES = ["chatml", "gemma-it", "llama-2-chat", "llama-3-instruct", "mistral-instruct", "zephyr"]
