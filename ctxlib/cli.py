@@ -104,7 +104,9 @@ def miniature(
 
 @app.command()
 def score(
-    model: Annotated[str, typer.Option(help="Seed model: a folder with safetensors, or a hub id.", **_IN)],
+    model: Annotated[
+        str, typer.Option(help="Seed model: a folder with safetensors, a hub id, or miniature:instruct.", **_IN)
+    ],
     data: Annotated[
         str, typer.Option(help="A .json, .jsonl or .parquet file, a folder of such, or a hub's owner/name.", **_IN)
     ],

@@ -18,7 +18,7 @@ from ctxlib.conversations import Conversation, Corpus, Message, Question, load_c
 from ctxlib.generate import COLUMNS, answer_questions, question_prompt
 from ctxlib.instructions import word_questions
 from ctxlib.metrics import ANSWER_METRICS, score_answers
-from ctxlib.miniature import MODELS, texts
+from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.town import Town
 from ctxlib.params import FirstResponseToken, InputError, Params, load_params
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
@@ -42,13 +42,8 @@ def town(params: Params) -> Town | None:
 
 def model_path(params: Params, which: str) -> str:
     """Folder or hub id of `pretrained`, `instruct` or `seed_model`."""
-    name = getattr(params.models, which)
-    source, _, model = name.partition(":")
-    if source == EMBEDDED:
-        if not (MODELS / model / "config.json").is_file():
-            raise InputError(f"{params.file}: models.{which}: the miniature has no model '{model}'")
-        return str(MODELS / model)
-    return str(params.path(name)) if params.path(name).exists() else name
+    source = model_source(getattr(params.models, which))
+    return str(params.path(source)) if params.path(source).exists() else source
 
 
 def tokenizer(params: Params, which: str = "pretrained") -> PreTrainedTokenizerBase:

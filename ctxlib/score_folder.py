@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctxlib.conversations import Corpus, data_files, is_hub_dataset, load_conversations, save_conversations
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
+from ctxlib.miniature import model_source
 from ctxlib.models import DTYPES, load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
 from ctxlib.params import InputError
@@ -142,7 +143,7 @@ class Prepared:
         folder, settings = Path(folder), self.settings
         self._make(folder)
         model = load_model(
-            settings.model,
+            model_source(settings.model),
             dtype=settings.dtype,
             quantisation=settings.quantisation,
             attention=settings.attention,
@@ -246,13 +247,14 @@ def prepare(settings: Settings) -> Prepared:
     for name in ("max_length", "token_budget", "conversations_per_part", "limit"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise InputError(f"{name} {value}: give a number from 1 on")
-    config = load_config(settings.model, revision=settings.revision)
+    model = model_source(settings.model)
+    config = load_config(model, revision=settings.revision)
     depth, positions = (getattr(config, name, None) for name in ("num_hidden_layers", "max_position_embeddings"))
     if not depth or not positions:
         missing = "layers" if not depth else "positions"
         raise InputError(f"{settings.model}: a {config.model_type} model has no fixed number of {missing}; use another")
     layers = _layers(settings.layers, depth, settings.model)
-    tokenizer = load_tokenizer(settings.model, chat_template=settings.chat_template, revision=settings.revision)
+    tokenizer = load_tokenizer(model, chat_template=settings.chat_template, revision=settings.revision)
     require_chat_template(tokenizer)
     corpus = settings.load_data()
     prepared = Prepared(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ctxlib import experiment
-from ctxlib.miniature import MODELS
-from ctxlib.params import load_params
+from ctxlib.miniature import MODELS, model_source
+from ctxlib.params import InputError, load_params
 from ctxlib.roles import Role
 
 SMOKE = Path(__file__).resolve().parents[1] / "params" / "smoke.yaml"
@@ -54,3 +54,15 @@ def test_a_retrained_model_has_another_key_and_a_copy_the_same(tmp_path):
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
     assert experiment.model_key(copied, "pretrained") != experiment.model_key(ours, "pretrained")
+
+
+def test_a_model_of_the_miniature_is_found_by_its_name_and_any_other_name_is_left_as_it_is():
+    assert model_source("miniature:instruct") == str(MODELS / "instruct")
+    for name in ("./models/mine", "owner/name", "miniature", "/tmp/miniature:instruct"):
+        assert model_source(name) == name
+    ours = load_params(SMOKE, {"models.instruct": "miniature:nobody"})
+    for wrong in ("miniature:", "miniature:../models/instruct"):
+        with pytest.raises(InputError, match="no such model"):
+            model_source(wrong)
+    with pytest.raises(InputError, match=r"miniature:nobody: .* it has miniature:instruct and miniature:pretrained"):
+        experiment.model_path(ours, "instruct")

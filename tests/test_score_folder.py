@@ -23,6 +23,7 @@ from transformers import (
 
 from ctxlib import cli, score_folder
 from ctxlib.conversations import load_conversations
+from ctxlib.miniature import MODELS
 from ctxlib.models import load_model, load_tokenizer
 from ctxlib.params import InputError
 from ctxlib.results import file_digest
@@ -119,6 +120,14 @@ def test_without_a_layer_it_takes_the_papers_to_scale_and_says_so(score, tmp_pat
     _, said, _ = score()
     assert "layer 2 (of 0 to 2; the paper's 15 of 22, to scale); clean reading, max_then_mean, up to 256 tokens" in said
     assert set(read_scores(tmp_path / "scores")[0]["layer"]) == {round(DEPTH * 15 / 22)}
+
+
+def test_the_model_of_the_miniature_has_a_name(score, tmp_path):
+    status, said, _ = score(model="miniature:instruct")
+    assert status == 0 and "\nminiature:instruct: layer 4 (of 0 to 5" in said
+    frame, settings, _ = read_scores(tmp_path / "scores")
+    score(model=MODELS / "instruct", out=tmp_path / "by_folder")
+    assert settings.model == "miniature:instruct" and frame.equals(read_scores(tmp_path / "by_folder")[0])
 
 
 DIES_WHILE_WRITING_THE_THIRD_PART = """

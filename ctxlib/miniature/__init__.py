@@ -2,4 +2,22 @@
 
 from pathlib import Path
 
+from ctxlib.params import InputError
+
 MODELS = Path(__file__).parent / "models"
+PREFIX = "miniature:"
+
+
+def model_source(name: str) -> str:
+    """The folder of the embedded model that `miniature:<name>` names; any other name, as it is.
+
+    Raises InputError for a model that the miniature does not have.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    embedded = {folder.parent.name: folder.parent for folder in sorted(MODELS.glob("*/config.json"))}
+    try:
+        return str(embedded[name.removeprefix(PREFIX)])
+    except KeyError:
+        names = " and ".join(f"{PREFIX}{one}" for one in embedded)
+        raise InputError(f"{name}: the miniature has no such model; it has {names}") from None
