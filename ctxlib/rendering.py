@@ -170,7 +170,7 @@ def _plain(value):
 def _lift(value):
     """A string in which traced characters have come to lie, as a traced one."""
     if isinstance(value, str) and not isinstance(value, _Traced) and _PRIVATE.search(value):
-        return _Traced(value, _text(_decoded(_codes(value))))
+        return _Traced(value)
     return value
 
 
@@ -182,9 +182,9 @@ class _Traced(str):
     the rendering is refused. In another case (`lower()`) it answers in that case, and is refused if it is written.
     """
 
-    def __new__(cls, raw: str, plain: str):
+    def __new__(cls, raw: str, plain: str | None = None):
         traced = str.__new__(cls, raw)
-        traced._plain = plain
+        traced._plain = _text(_decoded(_codes(raw))) if plain is None else plain
         return traced
 
     def __str__(self):

@@ -92,7 +92,7 @@ def role_map(
     - `bos` is the first token only (whitespace of the template may precede it). It is put in front where the tokenizer
       has one and the template wrote none; `bos=False` leaves that to the template.
     - Turn m is the m-th user message and all that follows up to the next one; what precedes the first, and system text,
-      is turn 0. A template token has the turn of the content before it.
+      is turn 0. A template token has the highest turn of the contents before it.
     - `indicator` follows, as one token, the content of every user message with `indicated=True` that the template
       keeps; `indicator_space` puts a space between them (official script). Without `indicator` the marks are ignored.
     - `response_prefix` is the beginning of the answer (role assistant), tokenised as a continuation of the prompt: the
@@ -131,7 +131,7 @@ def role_map(
         rendering = _insert_indicator(rendering, contents, f"{' ' * indicator_space}{indicator}")
     ids, chars = encode(tokenizer, rendering, spelled_by_template(tokenizer))
     bos_place = np.flatnonzero((ids == tokenizer.bos_token_id) & (chars[:, 0] < 0))[:1]
-    if not _begins_with(tokenizer.bos_token, rendering):
+    if not (len(bos_place) and _begins_with(tokenizer.bos_token, rendering)):
         bos_place = np.arange(int(bos and tokenizer.bos_token is not None))
         ids = np.concatenate([np.full(len(bos_place), tokenizer.bos_token_id or 0), ids])
         chars = np.concatenate([np.full((len(bos_place), 2), -1), chars])

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -35,19 +36,13 @@ from transformers.models.llama import modeling_llama
 
 from ctxlib import cli, doctor
 from ctxlib.conversations import Corpus, Message, load_conversations
-from ctxlib.doctor import (
-    CONVERSATIONS,
-    Answer,
-    answer_attention,
-    examine,
-    open_patient,
-    rank_correlation,
-    role_strip,
-    show,
-)
+from ctxlib.doctor import CONVERSATIONS, Check, examine, open_patient, show
+from ctxlib.doctor.display import role_strip
+from ctxlib.doctor.layer import Answer, answer_attention, rank_correlation
+from ctxlib.doctor.talk import TALK, with_odd_text
 from ctxlib.paper import paper_layer
 from ctxlib.params import InputError
-from ctxlib.roles import role_map
+from ctxlib.roles import RoleMap, role_map
 from ctxlib.scoring import score_corpus
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -160,7 +155,7 @@ def test_rounding_that_adds_up_over_layers_is_noted_and_not_taken_for_a_fault(to
 
 @pytest.mark.parametrize("way", ["all", "last"])
 def test_both_ways_of_recording_are_compared_with_eager(model, tokenizer, monkeypatch, way):
-    record = doctor.record_allocation
+    record = doctor.attention.record_allocation
 
     @contextmanager
     def off(model, roles, rows="last"):
@@ -169,7 +164,7 @@ def test_both_ways_of_recording_are_compared_with_eager(model, tokenizer, monkey
             yield kept
         kept.allocation = recording.allocation + (0.001 if rows == way else 0)
 
-    monkeypatch.setattr(doctor, "record_allocation", off)
+    monkeypatch.setattr(doctor.attention, "record_allocation", off)
     assert row(examine(model, tokenizer, corpus=few()), "recording")["verdict"] == "fail"
 
 
@@ -220,8 +215,8 @@ def test_weights_that_are_not_numbers_fail(model, tokenizer):
 
 
 def test_steering_by_another_alpha_than_asked_for_fails(model, tokenizer, monkeypatch):
-    steer = doctor.steer_attention
-    monkeypatch.setattr(doctor, "steer_attention", lambda model, keep, alpha: steer(model, keep, alpha**1.01))
+    steer = doctor.attention.steer_attention
+    monkeypatch.setattr(doctor.attention, "steer_attention", lambda model, keep, alpha: steer(model, keep, alpha**1.01))
     assert row(examine(model, tokenizer, corpus=few()), "steering")["verdict"] == "fail"
 
 
@@ -293,7 +288,7 @@ def test_what_a_template_does_is_told(of_bytes, model, template, part, verdict, 
 def test_ids_and_the_forged_marker_are_checked_against_transformers(of_bytes, model, monkeypatch):
     of_bytes.chat_template = ZEPHYR + PROMPT
     found = row(examine(model, of_bytes, corpus=few()), "template: roles")
-    talk = doctor._with_odd_text(doctor.TALK)
+    talk = with_odd_text(TALK)
     users = sum(len(message.content.encode()) for message in talk if message.role == "user")
     assert f"1 bos, {len(talk[0].content)} system, {users} user" in found["finding"]
     assert r"a forged '</s>\n<|assistant|>\n' stays the user's" in found["finding"]
@@ -304,9 +299,9 @@ def test_ids_and_the_forged_marker_are_checked_against_transformers(of_bytes, mo
         forged = rendered.roles.clone()
         if any("<|assistant|>" in message.content for message in messages):
             forged[len(forged) // 2] = 3
-        return doctor.RoleMap(rendered.ids, forged, rendered.turns, rendered.chars)
+        return RoleMap(rendered.ids, forged, rendered.turns, rendered.chars)
 
-    monkeypatch.setattr(doctor, "role_map", gullible)
+    monkeypatch.setattr(doctor.template, "role_map", gullible)
     found = row(examine(model, of_bytes, corpus=few()), "template: roles")
     assert found["verdict"] == "fail" and "does NOT stay the user's" in found["finding"]
 
@@ -344,7 +339,7 @@ def test_real_templates_are_told_apart_rightly(template, tmp_path):
     llama = AutoTokenizer.from_pretrained(tmp_path)
     source = (DATA / "chat_templates" / f"{template}.jinja").read_text()
     llama.chat_template = source.replace("    ", "").replace("\n", "")
-    found = {part: check(llama)[0] for part, check in doctor.TEMPLATE_CHECKS.items()}
+    found = {part: check(llama)[0] for part, check in doctor.template.TEMPLATE_CHECKS.items()}
     assert "fail" not in {check.verdict for check in found.values()}
     assert ("folded" in found["system text"].finding) == (template in ("gemma-it", "llama-2-chat"))
     assert ("ctxlib puts one in front" in found["bos"].finding) == (template in ("gemma-it", "zephyr"))
@@ -425,24 +420,24 @@ def test_rank_correlation_is_spearmans_with_ties():
 def test_a_layer_unlike_the_others_is_noted():
     ranks = np.linspace(0, 1, 20)
     scores = np.stack([ranks, ranks**2, ranks, ranks, ranks, 1 - ranks], axis=1)
-    like = doctor._beside_other_layers(scores, 1)
+    like = doctor.layer._beside_other_layers(scores, 1)
     assert like.verdict == "ok" and "the mean of layers 2 to 3: 1.00 (1.00 to 1.00); least like layer 5" in like.finding
-    unlike = doctor._beside_other_layers(scores, 5)
+    unlike = doctor.layer._beside_other_layers(scores, 5)
     assert unlike.verdict == "note" and "layers 2 to 3: -1.00 (-1.00 to -1.00)" in unlike.finding
     deep = np.tile(ranks[:, None], 9)
-    assert "as the mean of layers 3 to 5 but 4: 1.00" in doctor._beside_other_layers(deep, 4).finding
-    assert doctor._beside_other_layers(scores[:, :1], 0).finding == "it is the only layer"
+    assert "as the mean of layers 3 to 5 but 4: 1.00" in doctor.layer._beside_other_layers(deep, 4).finding
+    assert doctor.layer._beside_other_layers(scores[:, :1], 0).finding == "it is the only layer"
 
 
 def test_a_head_that_is_the_whole_layer_is_noted():
     rng = torch.Generator().manual_seed(0)
     even = [torch.rand(1, 8, generator=rng) + torch.rand(4, 8, generator=rng) / 20 for _ in range(12)]
-    assert doctor._heads(even, 0).verdict == "ok"
+    assert doctor.layer._heads(even, 0).verdict == "ok"
     greedy = [answer + torch.tensor([[0.0], [1.0], [0.0], [0.0]]) for answer in even]
-    found = doctor._heads(greedy, 0)
+    found = doctor.layer._heads(greedy, 0)
     assert found.verdict == "note" and "head 1 is the busiest at 100% of 96 answer tokens" in found.finding
     apart = [torch.rand(4, 1, generator=rng).expand(4, 8) for _ in range(12)]
-    assert "disagree" in doctor._heads(apart, 0).remedy
+    assert "disagree" in doctor.layer._heads(apart, 0).remedy
 
 
 def test_separation_is_told_beside_what_lengths_alone_would_give():
@@ -451,10 +446,10 @@ def test_separation_is_told_beside_what_lengths_alone_would_give():
 
     answers = [answer(0.5 + 0.01 * n + 0.3 * (n % 2), 0.5, bool(n % 2)) for n in range(20)]
     scores = np.array([[a.to_user[0, 0, 0].item()] for a in answers])
-    found = doctor._separation(scores, answers, 0)
+    found = doctor.layer._separation(scores, answers, 0)
     assert found.verdict == "ok"
     assert "AUC 1.00 (1.00 to 1.00), 10 of 20" in found.finding and "equal attention 0.50" in found.finding
-    assert doctor._separation(np.full((20, 1), 0.5), answers, 0).verdict == "note"
+    assert doctor.layer._separation(np.full((20, 1), 0.5), answers, 0).verdict == "note"
 
 
 def test_the_default_layer_is_the_papers_to_scale(model, tokenizer):
@@ -498,7 +493,7 @@ def test_neither_markup_nor_escape_codes_of_a_text_reach_the_terminal(tokenizer)
         strip = role_strip(tokenizer, talk, role_map(tokenizer, talk), coloured)
         assert r"[red]x[/red] \x1b[31my↵" in strip.plain and "[/]" in strip.plain
         Console(file=StringIO(), force_terminal=True).print(strip)
-    frame = doctor.pd.DataFrame([doctor.Check("[bold]c[/bold]", "ok", "[red]f \x1b[31m", "")])
+    frame = pd.DataFrame([Check("[bold]c[/bold]", "ok", "[red]f \x1b[31m", "")])
     assert r"[bold]c[/bold]  [red]f \x1b[31m" in shown(frame, tokenizer)
 
 

@@ -224,6 +224,9 @@ def test_there_is_one_bos_and_only_where_the_tokenizer_has_one(of_bytes, merging
         role_of = role_map(with_template(of_bytes, template), message)
         assert role_of.ids.tolist().count(of_bytes.bos_token_id) == 1
         assert role_of.roles.tolist() == [BOS] + [USER] * 5
+    late = role_map(with_template(of_bytes, "\n{{ bos_token + bos_token + messages[0].content }}"), message)
+    assert late.roles.tolist() == [TEMPLATE, BOS, TEMPLATE] + [USER] * 5
+    with_template(of_bytes, "{{ messages[0].content }}")
     assert role_map(of_bytes, message, bos=False).roles.tolist() == [USER] * 5
     assert role_map(of_bytes, message, template=False).roles.tolist() == [BOS] + [USER] * 5
     without = PreTrainedTokenizerFast(tokenizer_object=merging.backend_tokenizer, eos_token="</s>")
