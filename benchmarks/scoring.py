@@ -8,9 +8,9 @@
 - careful: eager `output_attentions`, no autograd, no padding, one layer picked. On the same conversations.
 - limit: a plain sdpa forward of the layers up to the scored one over the unpadded tokens, and nothing else.
 
-Three corpora have the lengths of the paper's table 2 (lognormal of that mean, then cut at 2047). Each is dealt into chunks of like mean
-length; the ways take turns within a chunk, and a figure is the median over chunks. Goals: speedup over the authors
->= 45 / 15 / 14, fraction_of_limit (the limit's time by ours) >= 1, memory_vs_limit <= 1.1.
+Three corpora have the lengths of the paper's table 2 (lognormal of that mean, then cut at 2047). Each is dealt into
+chunks of like mean length; the ways take turns within a chunk, and a figure is the median over chunks. Goals: speedup
+over the authors >= 45 / 15 / 14, fraction_of_limit (the limit's time by ours) >= 1, memory_vs_limit <= 1.1.
 """
 
 import argparse
