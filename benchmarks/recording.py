@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
-from side_by_side import SHAPES, in_turns, model_mib, peak_mib, random_llama, report
+from side_by_side import SHAPES, device_name, in_turns, model_mib, peak_mib, random_llama, report
 
 from ctxlib.attention import record_allocation
 from ctxlib.roles import ROLES
@@ -40,7 +40,9 @@ def main() -> None:
             rows.append({"dtype": dtype, "length": length} | measured(model, length, options))
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
-    draw(table, FOLDER / f"recording_{options.shape}_{options.device}.png")
+    device = device_name(options.device)
+    subtitle = f"{options.shape} Llama, {device}, medians of {options.repeats}"
+    draw(table, subtitle, FOLDER / f"recording_{options.shape}_{options.device}.png")
     worst = table[["time_ratio", "memory_ratio"]].max()
     with_eager = table.dropna().sort_values("length").iloc[-1]
     report(
@@ -87,7 +89,7 @@ def measured(model, length: int, options) -> dict[str, float]:
     return found
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw(table: pd.DataFrame, subtitle: str, path: Path) -> None:
     sns.set_theme(style="ticks", context="paper")
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for panel, what, goal in zip(panels, ("time", "memory"), (1.25, 1.15), strict=True):
@@ -101,9 +103,10 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         panel.annotate(f"goal {goal}", (table.length.max(), goal), ha="right", va="bottom", color="grey")
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{what}, plain forward = 1", xticks=LENGTHS)
         panel.set_xticks(LENGTHS, LENGTHS)
+        panel.set_yticks((1, 2, 4), ("1", "2", "4"))
         panel.minorticks_off()
     panels[0].legend(frameon=False)
-    figure.suptitle("Recording every layer, head and row by role, against a plain sdpa forward pass")
+    figure.suptitle(f"Recording every layer, head and row by role: {subtitle}")
     sns.despine(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
