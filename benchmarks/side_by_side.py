@@ -81,12 +81,13 @@ def model_mib(model: torch.nn.Module) -> float:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
 
 
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device != "cpu" else f"{_cpu()}, {torch.get_num_threads()} threads"
+
+
 def report(table: pd.DataFrame, **figures: float) -> None:
     """Print where it ran, the table, and the figures as the last line."""
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
-    )
-    print(f"{device}; torch {torch.__version__}\n")
+    print(f"{device_name('cuda' if torch.cuda.is_available() else 'cpu')}; torch {torch.__version__}\n")
     print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"), end="\n\n")
     print(" ".join(f"{name}={value:.3g}" for name, value in figures.items()))
 
