@@ -76,16 +76,17 @@ def measured(model, length: int, options) -> dict[str, float]:
 
     ways = {"plain": plain, "recorded": recorded} | ({"eager": eager} if length <= LONGEST_EAGER else {})
     times = in_turns(ways, options.repeats, options.device)
-    memory = {name: model_mib(model) + peak_mib(way, options.device) for name, way in ways.items()}
+    memory = pd.DataFrame([{name: peak_mib(way, options.device) for name, way in ways.items()} for _ in range(3)])
+    memory = memory.median() + model_mib(model)
     median = times.median()
-    found = {"plain_s": median.plain, "plain_mib": memory["plain"]}
+    found = {"plain_s": median.plain, "plain_mib": memory.plain}
     found |= {
         "time_ratio": (times.recorded / times.plain).median(),
-        "memory_ratio": memory["recorded"] / memory["plain"],
+        "memory_ratio": memory.recorded / memory.plain,
     }
     if "eager" in ways:
         found["eager_time_ratio"] = (times.eager / times.plain).median()
-        found["eager_memory_ratio"] = memory["eager"] / memory["plain"]
+        found["eager_memory_ratio"] = memory.eager / memory.plain
     return found
 
 
