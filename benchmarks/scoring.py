@@ -20,7 +20,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 import torch
-from side_by_side import SHAPES, model_mib, peak_mib, random_llama, report, seconds
+from side_by_side import SHAPES, measured, model_mib, random_llama, report
 
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.miniature import MODELS
@@ -101,24 +101,27 @@ def deal(corpus: Corpus, chunks: int) -> list[Corpus]:
 def compare(ways: "Ways", chunk: Corpus, device: str) -> dict[str, float]:
     """Seconds a conversation of each way on one chunk, and the memory of ours by the limit's.
 
-    On the sample all scores must agree first.
+    On the sample all scores must agree.
     """
     lengths = np.array([ways.length(conversation) for conversation in chunk.conversations])
     nearest = chunk.conversations[np.abs(lengths - lengths.mean()).argmin()]
     sample = Corpus((nearest,), chunk.dropped, chunk.source)
-    scores = [np.array(way(nearest)) for way in (ways.careful, ways.authors)]
-    ours = ways.ours(sample).score.to_numpy()
-    for other in scores:
-        np.testing.assert_allclose(ours, other, atol=1e-4 if ways.model.dtype == torch.float32 else 0.05)
-    timed, peaks = {}, {}
-    for name in ("ours", "limit"):  # in one pass: the peak is read before and after what is timed
-        way = partial(getattr(ways, name), chunk)
-        peaks[name] = ways.weights + peak_mib(lambda: timed.update({name: seconds(way, device)}), device)  # noqa: B023
-    timed = {name: value / len(chunk) for name, value in timed.items()}
-    timed["ours_sample"] = seconds(partial(ways.ours, sample), device)
-    timed["careful"] = seconds(partial(ways.careful, nearest), device)
-    timed["authors"] = seconds(partial(ways.authors, nearest), device)
-    return timed | {"tokens": lengths.mean(), "memory": peaks["ours"] / peaks["limit"]}
+    calls = {
+        "ours": partial(ways.ours, chunk),
+        "limit": partial(ways.limit, chunk),
+        "ours_sample": partial(ways.ours, sample),
+        "careful": partial(ways.careful, nearest),
+        "authors": partial(ways.authors, nearest),
+    }
+    results, times, peaks = {}, {}, {}
+    for name, call in calls.items():
+        results[name], times[name], peaks[name] = measured(call, device)
+    for other in ("careful", "authors"):
+        scores = results["ours_sample"].score.to_numpy()
+        np.testing.assert_allclose(scores, results[other], atol=1e-4 if ways.model.dtype == torch.float32 else 0.05)
+    times |= {name: times[name] / len(chunk) for name in ("ours", "limit")}
+    memory = (ways.weights + peaks["ours"]) / (ways.weights + peaks["limit"])
+    return times | {"tokens": lengths.mean(), "memory": memory}
 
 
 class Ways:

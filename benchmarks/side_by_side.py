@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -53,27 +54,38 @@ def in_turns(ways: dict[str, Callable[[], object]], repeats: int, device: str = 
 
 def seconds(way: Callable[[], object], device: str = "cpu") -> float:
     """Wall-clock time of one call."""
-    _wait(device)
-    began = time.perf_counter()
-    way()
-    _wait(device)
-    return time.perf_counter() - began
+    return measured(way, device, memory=False)[1]
 
 
 def peak_mib(way: Callable[[], object], device: str = "cpu") -> float:
     """The most memory, in MiB, that one call holds above what was held before it (on the CPU: Linux only)."""
-    gc.collect()
+    return measured(way, device)[2]
+
+
+def measured(way: Callable[[], object], device: str = "cpu", memory: bool = True) -> tuple[object, float, float]:
+    """What one call returns, its seconds and its peak of memory in MiB."""
+    before = _reset_peak(device) if memory else math.nan
     _wait(device)
+    began = time.perf_counter()
+    result = way()
+    _wait(device)
+    took = time.perf_counter() - began
+    return result, took, (_peak(device) - before) if memory else math.nan
+
+
+def _reset_peak(device: str) -> float:
+    """The memory held now, in MiB, from which on the peak is counted."""
+    gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return torch.cuda.memory_allocated() / 2**20
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    way()
-    return (_status("VmHWM") - before) / 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS") / 1024
+
+
+def _peak(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else _status("VmHWM") / 1024
 
 
 def model_mib(model: torch.nn.Module) -> float:
