@@ -59,13 +59,15 @@ def record_allocation(
     the output then agrees with the unrecorded one to rounding (of half precision, in half precision).
 
     Raises InputError for ill-shaped input and for attention that cannot be told by role: attention sinks, position
-    biases, and a sliding window that has dropped keys from the cache. Reference: Wang et al. 2024, section 2.2.
+    biases, an encoder's that looks ahead, and a sliding window that has dropped keys from the cache; reading what was
+    recorded, for layers without attention, as hybrid models have them. Reference: Wang et al. 2024, section 2.2.
     """
     recording = Recording(model, roles, rows, layers, turns, stop_after)
     with ExitStack() as stack:
         hook = stack.enter_context(_registered(model))
         if stop_after is not None:
             stack.enter_context(_stoppable(model))
+        stack.enter_context(_unwrapped(model).get_decoder().register_forward_pre_hook(recording.model_called))
         hook.recordings.append(recording)
         stack.callback(hook.recordings.remove, recording)
         yield recording
@@ -110,6 +112,7 @@ def verify_recording(model: nn.Module, input_ids: Int[Tensor, "batch pos"], role
     """The largest absolute difference between the recorder and the model's own eager `output_attentions`, all layers.
 
     About 1e-6 in float32; in half precision it is the rounding of the eager path. Holds the full patterns: short input.
+    Raises InputError as `record_allocation` does, and for a model that returns no eager pattern for some layer.
     """
     model = _unwrapped(model)
     backend = model.config._attn_implementation
@@ -120,15 +123,19 @@ def verify_recording(model: nn.Module, input_ids: Int[Tensor, "batch pos"], role
     with torch.inference_mode():
         with record_allocation(model, roles, rows="all") as recording:
             model(**inputs)
+        allocation = recording.allocation
         model.set_attn_implementation("eager")
         try:
-            patterns = model(**inputs, output_attentions=True).attentions
+            patterns = getattr(model(**inputs, output_attentions=True), "attentions", None) or ()
         finally:
             model.set_attn_implementation(backend)
+        if len(patterns) != len(allocation):
+            returned = f"returns {len(patterns)} eager patterns for {len(allocation)} layers"
+            raise InputError(f"this {model.config.model_type} model {returned}; the recording cannot be verified")
         columns = _columns(roles, len(ROLES))
         real = (roles >= 0)[:, None, :, None]
         expected = torch.stack([(p.float() @ columns[:, None]).where(real, 0) for p in patterns])
-        return (recording.allocation - expected).abs().max().item()
+        return (allocation - expected).abs().max().item()
 
 
 class Recording:
@@ -142,6 +149,9 @@ class Recording:
             depth = _checked("stop_after", [stop_after], depth)[0] + 1
         self.layers = _checked("layer", layers, depth)
         self.stop_after = stop_after
+        self._model_type = model.config.model_type
+        self._called = False
+        self._with_attention: set[int] = set()
         self._prompt = roles.shape
         self._real = roles >= 0
         self._n_turns = 1 if turns is None else int(turns.max()) + 1
@@ -160,10 +170,21 @@ class Recording:
     @property
     def by_turn(self) -> Float32[Tensor, "layer batch head row turn role"]:
         """The same, split by the turn of the key; a single turn where no `turns` were given."""
-        if not all(self._steps.values()):
-            raise InputError("nothing was recorded; call the model inside the record_allocation block")
+        if missing := [layer for layer, steps in self._steps.items() if not steps]:
+            raise InputError(self._why_not(missing))
         grouped = torch.stack([torch.cat(steps, dim=2) for steps in self._steps.values()])
         return grouped.unflatten(-1, (self._n_turns, len(ROLES)))
+
+    def model_called(self, *_: Any) -> None:
+        self._called = True
+
+    def _why_not(self, missing: list[int]) -> str:
+        if not self._called:
+            return "nothing was recorded; call the model inside the record_allocation block"
+        nothing = f"this {self._model_type} model has no attention that can be recorded"
+        if not self._with_attention:
+            return f"{nothing}; use another model"
+        return f"{nothing} in layers {missing}; choose one of {sorted(self._with_attention)}"
 
     def _positions(self, rows) -> Int[Tensor, "batch row"]:
         batch, length = self._prompt
@@ -180,6 +201,7 @@ class Recording:
 
     def wanted(self, layer: int, query: Tensor, key: Tensor, first_query: int) -> "_Wanted | None":
         """What is to be recorded of this call; None for nothing."""
+        self._with_attention.add(layer)
         if layer not in self._steps:
             return None
         batch, length = self._prompt
@@ -335,7 +357,7 @@ class _Attention:
         return self.own_mask(*args, q_offset=q_offset, kv_offset=kv_offset, **kwargs)
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        self._refuse_unknown(kwargs)
+        self._refuse_unknown(module, kwargs)
         layer, width = module.layer_idx, value.shape[-1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         for steering in self.steerings:
@@ -354,9 +376,11 @@ class _Attention:
 
         dtype = value.dtype
         if riders:
-            query, key, value = query.float(), key.float(), value.float()
-        ridden = [rider.columns[:, None].expand(-1, key.shape[1], -1, -1) for rider in riders]
-        tensors = _of_one_width(query, key, _widened(value, *ridden) if riders else value)
+            ridden = [rider.columns[:, None].expand(-1, key.shape[1], -1, -1) for rider in riders]
+            value = _widened(value.float(), *ridden)
+        tensors = [
+            _at_width(tensor, max(query.shape[-1], value.shape[-1]), value.dtype) for tensor in (query, key, value)
+        ]
         output, pattern = self._own_function(module)(module, *tensors, attention_mask, scaling=scaling, **kwargs)
         sizes = [rider.columns.shape[2] for rider in riders]
         own, *grouped, _ = output.split([width, *sizes, output.shape[-1] - width - sum(sizes)], dim=-1)
@@ -372,7 +396,9 @@ class _Attention:
             return sys.modules[type(module).__module__].eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS[self.backend]
 
-    def _refuse_unknown(self, kwargs):
+    def _refuse_unknown(self, module, kwargs):
+        if not getattr(module, "is_causal", True):
+            raise InputError(f"{self.model_type} attends to later tokens and is no causal model; use another model")
         if self.first_query is None:
             raise InputError(f"{self.model_type}: give a (batch, pos) attention mask, not a prepared one")
         for name, what in (("s_aux", "attention sinks"), ("position_bias", "a position bias")):
@@ -382,11 +408,9 @@ class _Attention:
             raise InputError(f"{self.model_type} caps its attention scores and cannot be steered; use another model")
 
 
-def _of_one_width(*tensors: Float[Tensor, "batch _ _ _"]) -> list[Float[Tensor, "batch _ _ _"]]:
-    """Zeros on the right where widths differ: fused kernels want one width."""
-    widest = max(tensors, key=lambda tensor: tensor.shape[-1])
-    width = widest.shape[-1]
-    return [tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+def _at_width(tensor: Float[Tensor, "*axes _"], width: int, dtype: torch.dtype) -> Float[Tensor, "*axes {width}"]:
+    """Zeros on the right: fused kernels want queries, keys and values of one width."""
+    return F.pad(tensor.to(dtype), (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else tensor.to(dtype)
 
 
 def _widened(tensor: Float[Tensor, "*axes width"], *more: Float[Tensor, "*axes _"]) -> Float[Tensor, "*axes wider"]:

@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BertConfig,
+    BertLMHeadModel,
     BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -23,12 +25,17 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ctxlib.attention import _grouped_pattern, record_allocation, steer_attention, verify_recording
@@ -51,6 +58,19 @@ ALPHA = 0.3
 
 
 GEMMA = {**GQA, "head_dim": 8, "attn_logit_softcapping": 2.0, "sliding_window": 4, "query_pre_attn_scalar": 8}
+HYBRID = {
+    **GQA,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**GQA), "sdpa"),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GQA), "sdpa"),
@@ -63,6 +83,9 @@ MODELS = {
         GptOssConfig(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
         "eager",
     ),
+    "qwen3-next": (Qwen3NextForCausalLM, Qwen3NextConfig(**HYBRID), "sdpa"),
+    "mamba": (MambaForCausalLM, MambaConfig(**TINY, state_size=4), "eager"),
+    "bert": (BertLMHeadModel, BertConfig(**TINY), "sdpa"),
 }
 
 
@@ -560,6 +583,52 @@ def test_an_empty_recording_is_refused():
         pass
     with pytest.raises(InputError, match="nothing was recorded"):
         _ = recording.allocation
+
+
+def test_layers_without_attention_are_named_and_the_others_recorded():
+    model = build("qwen3-next")
+    ids, roles, mask = batch("left")
+    [pattern] = eager_patterns(model, ids, mask)
+    expected = sum_by_role(pattern, roles) * mask[:, None, :, None]
+    found = recorded(model, ids, roles, mask, rows="all", layers=[1], stop_after=1)
+    torch.testing.assert_close(found[0], expected, atol=5e-6, rtol=0)
+    said = "this qwen3_next model has no attention that can be recorded in layers"
+    for refused in (recorded, lambda model, ids, roles, _: verify_recording(model, ids, roles)):
+        with pytest.raises(InputError, match=rf"{said} \[0, 2\]; choose one of \[1\]"):
+            refused(model, ids, roles, mask)
+    with pytest.raises(InputError, match=rf"{said} \[0\]; choose one of \[1\]"):
+        recorded(model, ids, roles, mask, layers=[0], stop_after=0)
+    assert model.config._attn_implementation == "sdpa" and not model.get_decoder()._forward_pre_hooks
+
+
+def test_a_model_without_attention_is_told_from_one_that_was_not_called():
+    model = build("mamba")
+    ids, roles, _ = batch()
+    with pytest.raises(InputError, match="this mamba model has no attention that can be recorded; use another"):
+        verify_recording(model, ids, roles)
+    with record_allocation(model, roles) as recording:
+        pass
+    with pytest.raises(InputError, match="nothing was recorded; call the model"):
+        _ = recording.by_turn
+
+
+def test_a_model_that_returns_no_patterns_cannot_be_verified():
+    model = llama()
+    ids, roles, _ = batch()
+    model.register_forward_hook(lambda model, inputs, output: CausalLMOutputWithPast(logits=output.logits))
+    with pytest.raises(InputError, match="llama model returns 0 eager patterns for 3 layers"):
+        verify_recording(model, ids, roles)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_to_later_tokens_is_refused():
+    model = build("bert")
+    ids, roles, mask = batch()
+    for context in (record_allocation(model, roles), steer_attention(model, roles == 2, ALPHA)):
+        with pytest.raises(InputError, match="bert attends to later tokens"), context:
+            model(ids, attention_mask=mask)
+    model = BertLMHeadModel(BertConfig(**TINY, is_decoder=True)).eval()
+    assert verify_recording(model, ids, roles) < 5e-6
 
 
 def test_steering_soft_capped_scores_is_refused():

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     Gemma2Config,
     GPT2Config,
     GPTJConfig,
@@ -73,6 +74,7 @@ FAMILIES = {
     "gpt-oss": GptOssConfig(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
     "gpt-j": GPTJConfig(**TINY, rotary_dim=8),
     "mamba": MambaConfig(**TINY, num_heads=4),
+    "bert": BertConfig(**TINY),
 }
 EAGER = ("gemma2", "gpt-oss", "gpt-j", "mamba")
 LOOP = "{% for m in messages %}"
@@ -180,7 +182,8 @@ def test_the_examination_leaves_the_model_as_it_was(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("gpt-oss", "sinks"), ("gpt-j", "registered attention function"), ("mamba", "not every layer")]
+    ("name", "said"),
+    [("gpt-oss", "sinks"), ("gpt-j", "registered attention"), ("mamba", "no attention"), ("bert", "later tokens")],
 )
 def test_a_family_that_cannot_be_recorded_is_told_so(name, said, tokenizer):
     frame = examine(build(name), tokenizer, corpus=few())
@@ -194,7 +197,7 @@ def test_a_model_whose_attention_ignores_the_registered_function_fails(model, to
     monkeypatch.setattr(
         modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: modeling_llama.eager_attention_forward
     )
-    assert "not every layer" in row(examine(model, tokenizer, corpus=few()), "recording")["finding"]
+    assert "llama model has no attention" in row(examine(model, tokenizer, corpus=few()), "recording")["finding"]
 
 
 def test_a_model_that_computes_another_attention_than_it_tells_fails(model, tokenizer, monkeypatch):

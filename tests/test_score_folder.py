@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -19,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from ctxlib import cli, score_folder
@@ -282,6 +286,18 @@ def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_pa
     status, _, errors = score(model=mamba)
     assert status == 2 and "a mamba model has no fixed number of positions; use another" in errors
     assert not (tmp_path / "scores" / "scores.json").exists()
+    hybrid = write_model(tmp_path / "hybrid", tokenizer, Qwen3NextForCausalLM(Qwen3NextConfig(
+        **small, num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
+        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )))  # fmt: skip
+    status, _, errors = score("--layer", "all", model=hybrid)
+    assert status == 2 and "recorded in layers [0]; choose one of [1]" in errors.splitlines()[-1]
+    assert score("--layer", "1", model=hybrid, out=tmp_path / "of_hybrid")[0] == 0
+    bert = BertConfig(**small, num_attention_heads=2, intermediate_size=16, max_position_embeddings=256)
+    status, _, errors = score(model=write_model(tmp_path / "bert", tokenizer, BertLMHeadModel(bert)))
+    assert status == 2 and "bert attends to later tokens" in errors.splitlines()[-1]
     gpt2 = GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=16, n_head=2, n_positions=256)
     status, said, _ = score(model=write_model(tmp_path / "gpt2", tokenizer, GPT2LMHeadModel(gpt2)))
     assert status == 0 and "scored 7 of 7" in said
