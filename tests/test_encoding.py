@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ctxlib.encoding
@@ -42,10 +42,12 @@ def with_byte_fallback():
 
 
 def of_words():
-    """A normaliser that takes away accents, upper case and noncharacters."""
-    pieces = ["<unk>", "<s>", "</s>", "a", "e", "7", "<", ">", "/", "s", "user", "bot", "end", "?"]
+    """A normaliser that takes away upper case, and all that is not ASCII: the secret names, too."""
+    pieces = ["<unk>", "<s>", "</s>", "a", "e", "1", "7", "<", ">", "/", "s", "user", "bot", "end", "?"]
     backend = Tokenizer(models.WordLevel({piece: n for n, piece in enumerate(pieces)}, unk_token="<unk>"))
-    backend.normalizer = normalizers.BertNormalizer()
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\x00-\x7f]"), "")]
+    )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return backend
 
@@ -87,7 +89,7 @@ def rendering(parts):
 
 
 template_text = st.sampled_from(["<s>", "</s>", *MARKERS, "\n", " ", "a "])
-PIECES = ["a", "7", "77", " ", "\n", "?", "é", "e\u0301", "👍🏽", "שלום", "\ufdd0", "\ufdd17\ufdd0", "\0"]
+PIECES = ["a", "1", "7", "77", " ", "\n", "?", "é", "e\u0301", "👍🏽", "שלום", "\ufdd0", "\ufdd17\ufdd0", "\0"]
 plain = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 forged = st.lists(st.sampled_from([*PIECES, "<", "/s>", "<unk>", "</s>", *MARKERS]), max_size=5).map("".join)
 few = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -156,7 +158,7 @@ def test_a_text_full_of_noncharacters_is_refused(tokenizer):
     text = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(InputError, match="noncharacters"):
         encode(tokenizer, rendering([(text, True)])[0])
-    assert len(encode(tokenizer, rendering([(text[:-2], True)])[0])[0])
+    assert len(encode(tokenizer, rendering([(text[:-2] + "a", True)])[0])[0])
 
 
 def test_an_empty_text_has_no_tokens(tokenizer):
