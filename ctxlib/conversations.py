@@ -73,7 +73,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that ends with the user's message, and what is needed to score its answer."""
+    """A prompt that ends with the user's message, and what is needed to score its answer.
+
+    `answers` are the distinct gold answers as texts; `annotations` every annotator's answer, as its spans, in the
+    order of the file, as the official rules of QuAC and DROP need them. `dialogue` names the dialogue it is a turn of.
+    """
 
     id: str
     family: str  # needle, qa, facts, instructions
@@ -85,6 +89,8 @@ class Question:
     memory_answer: str | None = None
     context_length_tokens: int | None = None
     depth_percent: float | None = None
+    annotations: tuple[tuple[str, ...], ...] = ()
+    dialogue: str | None = None
 
 
 def load_conversations(
@@ -234,7 +240,7 @@ class _BadRow(Exception):
 def _rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
     """Each row, or the `_BadRow` that it is, with the words that name its place."""
     if is_hub_dataset(source):
-        yield from _hub_rows(str(source), split)
+        yield from hub_rows(str(source), split, "or name a local .json, .jsonl or .parquet file")
         return
     files = data_files(source)
     for path in files:
@@ -249,12 +255,21 @@ def _rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
             raise InputError(f"{path}: not readable: {error}") from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
+def hub_rows(name: str, split: str, remedy: str) -> Iterator[tuple[str, object]]:
+    """Each row of a hub's dataset `owner/name`, with the words that name its place.
+
+    Of a dataset that is a loading script, which is never run, the rows come from the hub's own conversion to Parquet.
+    Raises InputError, ending with the `remedy`, where the hub does not give them.
+    """
     import datasets  # takes seconds to import, and few need it
 
-    remedy = "or name a local .json, .jsonl or .parquet file"
     try:
-        rows = datasets.load_dataset(name, split=split)
+        try:
+            rows = datasets.load_dataset(name, split=split)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            rows = datasets.load_dataset(name, split=split, revision="refs/convert/parquet")
     except datasets.exceptions.DatasetNotFoundError as error:
         page = f"https://huggingface.co/datasets/{name}"
         raise InputError(f"{name}: no file here, and missing or gated on the hub: visit {page}, {remedy}") from error

@@ -118,7 +118,8 @@ def passage_questions(params: Params) -> list[Question]:
         return []
     if params.qa.source == EMBEDDED:
         return texts.passage_questions(Town(), params.qa.n, params.seed)
-    return qa.squad_questions(params.path(params.qa.source), params.qa.n, params.seed)
+    path, reading = params.path(params.qa.source), params.needle.reading
+    return qa.load_questions(path, params.qa.n, params.seed, reading=reading)
 
 
 def fact_questions(params: Params) -> list[Question]:

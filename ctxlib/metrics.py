@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 from sklearn.metrics import precision_recall_curve as _precision_recall_curve
 from sklearn.metrics import precision_score, recall_score, roc_auc_score, roc_curve
@@ -17,6 +18,9 @@ from ctxlib.conversations import Question
 from ctxlib.params import InputError
 
 ANSWER_METRICS = ("exact_match", "token_f1", "containment", "needle_recall", "says_memory")
+QUAC_METRICS = ("unfiltered_f1", "human_f1", "human_equivalent")
+CANNOTANSWER = "CANNOTANSWER"  # QuAC's answer where the passage holds none
+MIN_HUMAN_F1 = 0.4  # below, the official QuAC script leaves a question out
 Values = Sequence | np.ndarray | pd.Series  # of numbers or truths
 _RESAMPLED_AT_ONCE = 4_000_000  # numbers held by one block of bootstrap samples
 
@@ -74,30 +78,202 @@ def _words(text: str) -> str:
     return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
 
+def squad_v2_scores(answer: str, golds: Sequence[str]) -> tuple[float, float]:
+    """(exact match, F1) in [0, 1] by the official SQuAD v2.0 script.
+
+    Gold answers of which normalising leaves nothing do not count. Where no other is left, the passage holds no answer,
+    and right is to say nothing.
+    """
+    worded = [gold for gold in golds if normalise_answer(gold)]
+    if worded:
+        return exact_match(answer, worded), token_f1(answer, worded)
+    says_nothing = float(not normalise_answer(answer))
+    return says_nothing, says_nothing
+
+
+def quac_references(references: Sequence[str]) -> list[str]:
+    """The annotators' answers that count: CANNOTANSWER alone where at least half said so, else the rest (QuAC script).
+
+    Raises InputError where there are none.
+    """
+    if not references:
+        raise InputError("quac_references: no references; give every QuAC question at least one")
+    found = [reference for reference in references if reference != CANNOTANSWER]
+    return found if 2 * len(found) > len(references) else [CANNOTANSWER]
+
+
+def quac_f1(answer: str, references: Sequence[str]) -> float:
+    """F1 in [0, 1] by the official QuAC script: the mean, over leaving out each reference in turn, of the best F1.
+
+    So the answer meets as many references as a human does in `quac_human_f1`. CANNOTANSWER is met by just that, and by
+    nothing else. Raises InputError where there are no references. Reference: Choi et al. 2018, section 4.
+    """
+    references = quac_references(references)
+    f1 = [float(answer == gold) if gold == CANNOTANSWER else token_f1(answer, [gold]) for gold in references]
+    return float(np.mean([max(f1[:left] + f1[left + 1 :]) for left in range(len(f1))])) if len(f1) > 1 else f1[0]
+
+
+def quac_human_f1(references: Sequence[str]) -> float:
+    """Mean over the references of the best F1 with another one, in [0, 1]; 1 where there is only one (QuAC script)."""
+    references = quac_references(references)
+    others = [(gold, [*references[:left], *references[left + 1 :]]) for left, gold in enumerate(references)]
+    return float(np.mean([token_f1(gold, rest) for gold, rest in others])) if len(others) > 1 else 1.0
+
+
+def quac_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
+    """token_f1, unfiltered_f1, human_f1 and human_equivalent of one answer, as the official QuAC script averages them.
+
+    `human_equivalent` is 1 where the answer's F1 is not below the humans'; its mean is HEQ-Q. It and `token_f1` are NaN
+    where the humans agree too little (MIN_HUMAN_F1). Raises InputError where there are no references.
+    """
+    f1, human = quac_f1(answer, references), quac_human_f1(references)
+    kept = human >= MIN_HUMAN_F1
+    return {
+        "token_f1": f1 if kept else np.nan,
+        "unfiltered_f1": f1,
+        "human_f1": human,
+        "human_equivalent": float(f1 >= human - 1e-9) if kept else np.nan,  # both are means of rounded fractions
+    }
+
+
+def by_dialogue(frame: pd.DataFrame, by: str | Sequence[str] = ()) -> pd.DataFrame:
+    """One row a dialogue: `by` …, dialogue, human_equivalent; its mean, by `summarise`, is HEQ-D (QuAC script).
+
+    A dialogue is human equivalent (1) if all of its questions are that the script does not leave out, even if it leaves
+    out all of them. `frame` comes from `score_answers` and holds whole dialogues.
+    """
+    turns = frame.dropna(subset=["dialogue"]).groupby([*_names(by), "dialogue"], sort=False, dropna=False)
+    return turns["human_equivalent"].min().fillna(1.0).reset_index()
+
+
+def normalise_drop_span(text: str) -> str:
+    """A span as the official DROP script compares it.
+
+    The words between spaces and hyphens, in lower case, numbers as Python's floats ("1,000" is "1000.0"), other words
+    without ASCII punctuation and articles.
+    """
+    return " ".join(" ".join(map(_drop_word, re.split("[ -]", text))).split())
+
+
+def _drop_word(word: str) -> str:
+    word = word.lower()
+    if not _is_number(word):
+        word = "".join(character for character in word if character not in string.punctuation)
+    return str(float(word)) if _is_number(word) else re.sub(r"\b(a|an|the)\b", " ", word)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def drop_scores(answer: str | Sequence[str], annotations: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """(exact match, F1) in [0, 1] by the official DROP script, each the best over the annotators' lists of spans.
+
+    `answer` is one span or several. F1 is the mean, over the longer of the two lists, of the F1 of the sets of words of
+    spans that are paired one to one for the highest sum, rounded to two digits; a gold span with numbers pairs only
+    with one that shares a number. An annotation with a blank first span does not count.
+    """
+    said = [normalise_drop_span(span) for span in ([answer] if isinstance(answer, str) else answer)]
+    exact, f1 = [0.0], [0.0]
+    for spans in annotations:
+        if spans and spans[0].strip():
+            golds = [normalise_drop_span(span) for span in spans]
+            exact.append(float(set(said) == set(golds) and len(said) == len(golds)))
+            pairs = np.array([[_drop_f1(set(one.split()), set(gold.split())) for one in said] for gold in golds])
+            best = pairs[linear_sum_assignment(pairs, maximize=True)].sum() if said else 0.0
+            f1.append(float(np.round(best / max(len(said), len(golds)), 2)))
+    return max(exact), max(f1)
+
+
+def _drop_f1(said: set[str], gold: set[str]) -> float:
+    numbers = {word for word in gold if _is_number(word)}
+    if numbers and not numbers & said:
+        return 0.0
+    if not said or not gold:
+        return float(said == gold)
+    precision, recall = len(said & gold) / len(said), len(said & gold) / len(gold)
+    return 2 * precision * recall / (precision + recall) if precision else 0.0
+
+
+def drop_containment(
+    answer: str, annotations: Sequence[Sequence[str]], *, reading: Literal["clean", "paper"] = "clean"
+) -> float:
+    """1.0 where the answer says what an annotator found, else 0.0.
+
+    `clean`: all spans of any annotator, as whole words, normalised as by the official script. `paper`: any one span of
+    the first annotator, as a raw substring, so that "3" is found in "13" (facts.md 4.2).
+    """
+    if reading == "paper":
+        return float(any(span in answer for spans in annotations[:1] for span in spans))
+    said = f" {normalise_drop_span(' '.join(answer.split()))} "
+    golds = [[normalise_drop_span(span) for span in spans] for spans in annotations]
+    return float(any(spans and all(span and f" {span} " in said for span in spans) for spans in golds))
+
+
+def until_stop(answer: str) -> str:
+    """The answer up to its first ". ", where the authors' generation stopped (facts.md 4.2)."""
+    return answer.partition(". ")[0]
+
+
 def score_answers(
     frame: pd.DataFrame, questions: Sequence[Question], *, reading: Literal["clean", "paper"] = "paper"
 ) -> pd.DataFrame:
     """`frame` (id, answer, …) with a column for each of ANSWER_METRICS, in [0, 1]; NaN where it is not asked for.
 
-    `says_memory` is 1 where the answer contains the memory answer as whole words. Raises InputError for an id without
-    a question.
+    `says_memory` is 1 where the answer contains the memory answer as whole words. On SQuAD, QuAC and DROP (kinds
+    `squad`, `squad_v2`, `quac`, `drop`, with or without `_no_answer`) exact_match and token_f1 follow the dataset's own
+    script, of which QuAC's has no exact match; where QuAC is among the questions, QUAC_METRICS and `dialogue` are
+    further columns. There, `containment` asks in the `clean` reading for whole words, while in the `paper` reading the
+    answer ends where the authors' generation stopped, and substrings count (`until_stop`, `drop_containment`).
+
+    Raises InputError for an id without a question.
     """
     known = {question.id: question for question in questions}
     if unknown := sorted(set(frame["id"]) - set(known)):
         raise InputError(f"score_answers: no question has the id {unknown[0]!r}; pass the questions that were answered")
-    rows = [_scores(answer, known[key], reading) for key, answer in zip(frame["id"], frame["answer"], strict=True)]
-    return frame.assign(**pd.DataFrame(rows, index=frame.index, columns=list(ANSWER_METRICS), dtype=float))
+    asked = [known[key] for key in frame["id"]]
+    rows = [_scores(answer, question, reading) for answer, question in zip(frame["answer"], asked, strict=True)]
+    quac = any(_dataset(question) == "quac" for question in asked)
+    columns = [*ANSWER_METRICS, *(QUAC_METRICS if quac else ())]
+    scored = frame.assign(**pd.DataFrame(rows, index=frame.index, columns=columns, dtype=float))
+    return scored.assign(dialogue=[question.dialogue for question in asked]) if quac else scored
 
 
-def _scores(answer: str, question: Question, reading: Literal["clean", "paper"]) -> tuple[float, ...]:
-    golds, memory = question.answers, question.memory_answer
-    return (
-        exact_match(answer, golds) if golds else np.nan,
-        token_f1(answer, golds) if golds else np.nan,
-        containment(answer, golds) if golds else np.nan,
-        needle_recall(answer, question.keywords, reading=reading) if question.keywords else np.nan,
-        containment(answer, [memory], whole_words=True) if memory else np.nan,
-    )
+def _dataset(question: Question) -> str:
+    return question.kind.removesuffix("_no_answer")
+
+
+def _scores(answer: str, question: Question, reading: Literal["clean", "paper"]) -> dict[str, float]:
+    scores = _gold_scores(answer, question, reading) if question.answers else {}
+    if question.keywords:
+        scores["needle_recall"] = needle_recall(answer, question.keywords, reading=reading)
+    if question.memory_answer:
+        scores["says_memory"] = containment(answer, [question.memory_answer], whole_words=True)
+    return scores
+
+
+def _gold_scores(answer: str, question: Question, reading: Literal["clean", "paper"]) -> dict[str, float]:
+    golds, annotations, dataset = question.answers, question.annotations, _dataset(question)
+    official = dataset in ("squad", "squad_v2", "quac", "drop")
+    if official and reading == "paper":
+        answer = until_stop(answer)
+    contained = containment(answer, golds, whole_words=official and reading == "clean")
+    match dataset:
+        case "quac":
+            return {"containment": contained, **quac_scores(answer, [text for (text,) in annotations])}
+        case "drop":
+            exact, f1 = drop_scores(answer, annotations)
+            contained = drop_containment(answer, annotations, reading=reading)
+        case "squad_v2":
+            exact, f1 = squad_v2_scores(answer, golds)
+            contained = max(contained, exact)  # where nothing is to be said, nothing can be contained
+        case _:
+            exact, f1 = exact_match(answer, golds), token_f1(answer, golds)
+    return {"exact_match": exact, "token_f1": f1, "containment": contained}
 
 
 def wilson_interval(successes: int | float, n: int, *, level: float = 0.95) -> tuple[float, float]:
