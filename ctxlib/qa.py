@@ -137,7 +137,7 @@ def _file_units(path: Path, reading: str) -> Iterator[list[_Asked]]:
         raise InputError(f"{path}: in none of the formats (no key 'data', no passages with 'qa_pairs'); {_REMEDY}")
 
 
-def _paragraph_units(article: dict, paragraph: dict, where: str, reading: str) -> Iterator[list[_Asked]]:
+def _paragraph_units(article: dict, paragraph: Any, where: str, reading: str) -> Iterator[list[_Asked]]:
     """A QuAC dialogue, or SQuAD's questions one by one."""
     context = _get(paragraph, "context", str, where)
     qas = [(qa, f"{where}qas[{q}].") for q, qa in enumerate(_get(paragraph, "qas", list, where))]
@@ -183,7 +183,7 @@ def _hub_units(name: str, split: str, reading: str) -> Iterator[list[_Asked]]:
             yield [_squad(row, _get(row, "context", str, where), where)]
 
 
-def _squad(qa: dict, context: str, where: str) -> _Asked:
+def _squad(qa: Any, context: str, where: str) -> _Asked:
     texts = [_get(item, "text", str, f"{where}answers.") for item in _items(qa, "answers", "text", where)]
     return _Asked(
         "squad_v2" if not texts or "is_impossible" in qa else "squad",
@@ -216,7 +216,7 @@ def _dialogue(
     ]
 
 
-def _drop(qa: dict, passage: str, where: str) -> _Asked:
+def _drop(qa: Any, passage: str, where: str) -> _Asked:
     answers = [_get(qa, "answer", dict, where)]
     if qa.get("validated_answers"):
         answers += _items(qa, "validated_answers", "number", where)
@@ -245,7 +245,7 @@ def _get(of: Any, key: str, kind: Any, where: str) -> Any:
     return value
 
 
-def _items(of: dict, key: str, column: str, where: str) -> list:
+def _items(of: Any, key: str, column: str, where: str) -> list:
     """A list of objects, which the hub may give as one object of lists, all as long as its `column`."""
     value = _get(of, key, list | dict, where)
     if isinstance(value, list):

@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
 from ctxlib import metrics
@@ -98,6 +100,281 @@ def test_scores_are_nan_where_a_question_does_not_ask_and_keep_the_frames_order(
     np.testing.assert_array_equal(scored["says_memory"], [np.nan, 1, 0])
     with pytest.raises(InputError, match="'u'"):
         metrics.score_answers(pd.DataFrame({"id": ["u"], "answer": [""]}), [needle])
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "score"),
+    [
+        ("", [""], 1),
+        ("The!", [""], 1),  # nothing is left of it
+        ("cat", [""], 0),
+        ("", ["cat"], 0),
+        ("the", ["a", "cat"], 0),  # "a" does not count; by version 1.1 it would match
+        ("The cat.", ["the", "a cat"], 1),
+    ],
+)
+def test_squad_2_asks_for_silence_where_no_gold_answer_has_a_word(answer, golds, score):
+    assert metrics.squad_v2_scores(answer, golds) == (score, score)
+
+
+def test_squad_2_is_squad_1_where_every_gold_answer_has_words():
+    assert metrics.squad_v2_scores("green green kites", ["green kites", "red"]) == (0, pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(
+    ("references", "counted"),
+    [
+        (["red", "CANNOTANSWER"], ["CANNOTANSWER"]),  # as many as not
+        (["red", "CANNOTANSWER", "CANNOTANSWER"], ["CANNOTANSWER"]),
+        (["red", "CANNOTANSWER", "red"], ["red", "red"]),
+        (["red"], ["red"]),
+    ],
+)
+def test_quac_counts_no_answer_where_half_of_the_annotators_say_so(references, counted):
+    assert metrics.quac_references(references) == counted
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "f1", "human"),
+    [
+        ("red cat", ["red cat"], 1, 1),  # one reference: nothing is left out, and humans agree
+        ("red", ["red cat"], 2 / 3, 1),
+        ("red cat", ["red cat", "red dog"], (1 / 2 + 1) / 2, 1 / 2),
+        ("red", ["red cat", "red dog"], 2 / 3, 1 / 2),
+        ("blue", ["red cat", "red dog", "blue"], 2 / 3, 1 / 3),  # 1, 1, and 0 without "blue"; humans: 1/2, 1/2, 0
+        ("The Cat!", ["cat", "a cat", "CANNOTANSWER"], 1, 1),
+        ("CANNOTANSWER", ["red", "CANNOTANSWER"], 1, 1),
+        ("cannotanswer", ["CANNOTANSWER"], 0, 1),  # just that, as it stands
+        ("red", ["red", "CANNOTANSWER"], 0, 1),
+        ("CANNOTANSWER", ["red", "red", "CANNOTANSWER"], 0, 1),
+    ],
+)
+def test_quac_f1_leaves_out_one_reference_at_a_time(answer, references, f1, human):
+    assert metrics.quac_f1(answer, references) == pytest.approx(f1)
+    assert metrics.quac_human_f1(references) == pytest.approx(human)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "kept", "equivalent"),
+    [
+        ("red bird", ["red cat", "red dog"], 1 / 2, 1),  # 1/2 against 1/2
+        ("bird", ["red cat", "red dog"], 0, 0),
+        ("red cat", ["red cat", "red dog bird"], (2 / 5 + 1) / 2, 1),  # humans agree by 0.4, and that is enough
+        ("blue", ["red cat", "red dog", "blue"], np.nan, np.nan),  # humans agree by 1/3
+        ("red cats", ["red cat"], 1 / 2, 0),  # a single human is met by 1 only
+    ],
+)
+def test_quac_leaves_out_what_humans_disagree_on(answer, references, kept, equivalent):
+    scores = metrics.quac_scores(answer, references)
+    assert scores["token_f1"] == pytest.approx(kept, nan_ok=True)
+    assert scores["human_equivalent"] == pytest.approx(equivalent, nan_ok=True)
+    assert scores["unfiltered_f1"] == metrics.quac_f1(answer, references)
+    with pytest.raises(InputError, match="no references"):
+        metrics.quac_scores(answer, [])
+
+
+def test_heq_d_asks_all_questions_of_a_dialogue_that_are_not_left_out():
+    turns = [("a", 1), ("a", 1), ("b", 1), ("b", 0), ("c", np.nan), ("c", 1), ("d", np.nan), (None, 0)]
+    frame = pd.DataFrame(turns, columns=["dialogue", "human_equivalent"])
+    both = pd.concat([frame.assign(condition="x"), frame.assign(condition="y", human_equivalent=0.0)])
+    dialogues = metrics.by_dialogue(both, "condition").set_index(["condition", "dialogue"])["human_equivalent"]
+    assert dialogues["x"].to_dict() == {"a": 1, "b": 0, "c": 1, "d": 1}
+    assert dialogues["y"].to_dict() == {"a": 0, "b": 0, "c": 0, "d": 0}
+    assert metrics.by_dialogue(frame)["human_equivalent"].tolist() == [1, 0, 1, 1]
+    (heq_d,) = metrics.summarise(
+        metrics.by_dialogue(both[:8], "condition"), "condition", "human_equivalent"
+    ).itertuples()
+    assert (heq_d.value, heq_d.n) == (0.75, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The 1,000 Men", "1000.0 men"),
+        ("a 5-yard run", "5.0 yard run"),
+        ("A-Team", "team"),
+        ("3.50", "3.5"),
+        ("$3.50", "350.0"),  # no number as it stands, so that its point is punctuation
+        ("5%", "5.0"),
+        ("-5", "5.0"),  # the hyphen parts words
+        ("1e3", "1000.0"),
+        ("３", "3.0"),  # a digit in any script
+        ("U.S.", "us"),
+        ("1990–1995", "1990–1995"),  # a dash is neither hyphen nor ASCII punctuation
+        ("Café  Zoë", "café zoë"),
+        ("one\ntwo", "one two"),
+        ("the", ""),
+    ],
+)
+def test_drop_normalises_word_by_word_and_numbers_as_floats(text, normal):
+    assert metrics.normalise_drop_span(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("answer", "annotations", "exact", "f1"),
+    [
+        ("2", [["2"]], 1, 1),
+        ("2.0", [["2"]], 1, 1),
+        ("two", [["2"]], 0, 0),
+        ("2 kicks", [["2"]], 0, 0.67),
+        ("3 kicks", [["2 kicks"]], 0, 0),  # the gold span has a number, and the answer another
+        ("kicks", [["2 kicks"]], 0, 0),
+        ("2 kicks", [["kicks"]], 0, 0.67),  # the gold span has none
+        ("May 1990", [["5 May 1990"]], 0, 0.8),  # one shared number is enough
+        ("red red red", [["red"]], 0, 1),  # sets of words
+        ("red", [["red", "blue"]], 0, 0.5),
+        (["blue", "red"], [["red", "blue"]], 1, 1),
+        (["red", "blue", "green"], [["red", "blue"]], 0, 0.67),
+        (["red cat", "red"], [["red", "cat dog"]], 0, 0.75),  # red-red 1, cat-cat dog 1/2; not red cat-red 2/3
+        (["red"], [["blue"], ["red"]], 1, 1),  # the best annotator
+        ("red cat", [["red", "cat"], ["red dog"]], 0, 0.5),
+        ("the", [["a"]], 1, 1),  # nothing is left of either
+        ("red", [["the"]], 0, 0),
+        ("", [[""]], 0, 0),  # a blank annotation does not count
+        ("red", [["", "red"]], 0, 0),
+        ([], [["red"]], 0, 0),
+    ],
+)
+def test_drop_pairs_spans_and_asks_for_the_same_numbers(answer, annotations, exact, f1):
+    assert metrics.drop_scores(answer, annotations) == (exact, pytest.approx(f1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "annotations", "paper", "clean"),
+    [
+        ("13 yards", [["3"]], 1, 0),
+        ("a 3-yard run", [["3"]], 1, 1),
+        ("3\nyards", [["3.0"]], 0, 1),
+        ("1000", [["1,000"]], 0, 1),
+        ("Red", [["red"]], 0, 1),
+        ("red", [["red", "blue"]], 1, 0),  # one span of two
+        ("blue and red", [["red", "blue"]], 1, 1),
+        ("99", [["3"], ["99"]], 0, 1),  # the second annotator's
+        ("anything", [["the"]], 0, 0),
+        ("anything", [], 0, 0),
+    ],
+)
+def test_drop_containment_of_the_paper_takes_any_piece_of_the_first_annotator(answer, annotations, paper, clean):
+    assert metrics.drop_containment(answer, annotations, reading="paper") == paper
+    assert metrics.drop_containment(answer, annotations) == clean
+
+
+def test_the_authors_generation_stopped_at_a_full_stop_and_a_space():
+    cut = {"It is Ada. She did. ": "It is Ada", "Dr. Who": "Dr", "3.5.": "3.5.", "": "", "a.\nb": "a.\nb"}
+    assert {answer: metrics.until_stop(answer) for answer in cut} == cut
+
+
+WORDS = st.lists(st.sampled_from(["red", "Red.", "the", "cat", "cat-red", "3", "3.0", "13", "1,000", "–"]), max_size=4)
+TEXTS = WORDS.map(" ".join)
+
+
+def crossed_out_f1(answer, gold):
+    left, common = metrics.normalise_answer(gold).split(), 0
+    words, size = metrics.normalise_answer(answer).split(), len(left)
+    for word in words:
+        if word in left:
+            left.remove(word)
+            common += 1
+    return 2 * common / (len(words) + size) if common else 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=4))
+def test_quac_f1_matches_a_loop_over_who_is_left_out(answer, references):
+    def mean_of_best(scores):
+        """Over who is left out; where there is one only, nobody is."""
+        if len(scores) == 1:
+            return scores[0]
+        return sum(max(s for j, s in enumerate(scores) if j != i) for i in range(len(scores))) / len(scores)
+
+    assert metrics.quac_f1(answer, references) == pytest.approx(
+        mean_of_best([crossed_out_f1(answer, gold) for gold in references])
+    )
+    if len(references) > 1:
+        table = [[crossed_out_f1(a, b) for b in references] for a in references]
+        best = [max(score for j, score in enumerate(row) if j != i) for i, row in enumerate(table)]
+        assert metrics.quac_human_f1(references) == pytest.approx(sum(best) / len(best))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(TEXTS, min_size=1, max_size=4))
+def test_drop_f1_matches_the_best_of_all_pairings(said, golds):
+    golds[0] = golds[0] or "red"
+
+    def f1(one, gold):
+        one, gold = ({*metrics.normalise_drop_span(span).split()} for span in (one, gold))
+        numbers = {word for word in gold if re.fullmatch(r"[\d.]+", word)}
+        if numbers and not numbers & one:
+            return 0.0
+        return 2 * len(one & gold) / (len(one) + len(gold)) if one or gold else 1.0
+
+    longer, shorter, flip = (said, golds, False) if len(said) >= len(golds) else (golds, said, True)
+    sums = [
+        sum(f1(b, a) if flip else f1(a, b) for a, b in zip(chosen, shorter, strict=True))
+        for chosen in itertools.permutations(longer, len(shorter))
+    ]
+    assert metrics.drop_scores(said, [golds])[1] == pytest.approx(max(sums) / len(longer), abs=0.0051)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3), TEXTS)
+def test_official_scores_are_fractions_that_agree_with_one_another(answer, golds, another):
+    spans = [[gold] for gold in golds]
+    v1 = metrics.exact_match(answer, golds), metrics.token_f1(answer, golds)
+    v2, drop = metrics.squad_v2_scores(answer, golds), metrics.drop_scores(answer, spans)
+    contained = metrics.containment(answer, golds, whole_words=True)
+    for exact, f1 in (v1, v2, drop):
+        assert exact in (0, 1) and 0 <= f1 <= 1
+    assert all(0 <= value <= 1 for value in (metrics.quac_f1(answer, golds), metrics.quac_human_f1(golds)))
+    assert metrics.token_f1(answer, golds[:1]) == metrics.token_f1(golds[0], [answer])
+    if metrics.normalise_answer(answer):  # an exact match has all of its words, and is contained
+        assert (v1[1] == 1 and contained == 1) or not v1[0]
+        assert v2[1] == 1 or not v2[0]
+    if metrics.normalise_drop_span(answer):
+        assert (drop[1] == 1 and metrics.drop_containment(answer, spans) == 1) or not drop[0]
+    assert contained <= metrics.containment(answer, golds)  # whole words are substrings
+    more = metrics.drop_scores(answer, [*spans, [another]])
+    assert more[0] >= drop[0] and more[1] >= drop[1]  # one more annotator takes nothing away
+    assert metrics.token_f1(answer, [*golds, another]) >= v1[1]
+
+
+def test_every_dataset_is_scored_by_its_own_script():
+    asked = (Message("user", "?"),)
+
+    def question(kind, *annotations, answers=()):
+        return Question(kind, "qa", kind, asked, answers=answers, annotations=annotations, dialogue=f"of {kind}")
+
+    questions = [
+        question("squad", ("3",), answers=("3",)),
+        question("squad_v2_no_answer", answers=("",)),
+        question("quac", ("red cat",), ("red dog",), answers=("red cat", "red dog")),
+        question("drop", ("3", "red"), answers=("3, red",)),
+        question("unknown", answers=("3",)),
+    ]
+    said = {"squad": "It is 13. Or so", "squad_v2_no_answer": "", "quac": "red", "drop": "13", "unknown": "It is 13."}
+    frame = pd.DataFrame({"id": said.keys(), "answer": said.values()})
+    clean = metrics.score_answers(frame, questions, reading="clean").set_index("id")
+    paper = metrics.score_answers(frame, questions, reading="paper").set_index("id")
+    assert clean.containment.to_dict() == {
+        "squad": 0, "squad_v2_no_answer": 1, "quac": 0, "drop": 0, "unknown": 1,
+    }  # fmt: skip
+    assert paper.containment.to_dict() == clean.containment.to_dict() | {"squad": 1, "drop": 1}
+    assert clean.token_f1["squad_v2_no_answer"] == clean.exact_match["squad_v2_no_answer"] == 1
+    assert (clean.token_f1["quac"], clean.human_f1["quac"]) == (pytest.approx(2 / 3), 0.5)
+    assert clean.human_equivalent["quac"] == 1 and np.isnan(clean.exact_match["quac"])
+    assert clean.human_equivalent.drop("quac").isna().all()
+    assert clean.dialogue["quac"] == "of quac"
+    longer = pd.DataFrame({"id": ["squad"], "answer": ["3. Or so"]})
+    assert metrics.score_answers(longer, questions, reading="clean").exact_match.item() == 0
+    assert metrics.score_answers(longer, questions, reading="paper").exact_match.item() == 1  # "3" was all they had
+
+
+def test_without_quac_there_are_no_columns_for_it():
+    question = Question("q", "qa", "squad", (Message("user", "?"),), answers=("3",))
+    scored = metrics.score_answers(pd.DataFrame({"id": ["q"], "answer": ["3"]}), [question])
+    assert list(scored.columns) == ["id", "answer", *metrics.ANSWER_METRICS]
+    empty = metrics.score_answers(pd.DataFrame({"id": [], "answer": []}), [question])
+    assert list(empty.columns) == list(scored.columns)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 5), (5, 5), (3, 7), (480, 500), (1, 1000)])
