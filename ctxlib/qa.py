@@ -96,17 +96,14 @@ def _question(asked: _Asked, dataset: str, prompt: str, reading: str) -> Questio
     else:
         answers, instruction = [", ".join(spans) for spans in annotations] or [""], PASSAGE_PROMPT
     wording = instruction if prompt == "instruction" else PLAIN_PROMPT
-    questions = [*(question for question, _ in asked.earlier), asked.question]
-    texts = [wording.format(context=asked.context, question=questions[0]), *questions[1:]]
-    messages = [Message("user", texts[0])]
-    for (_, answer), text in zip(asked.earlier, texts[1:], strict=True):
-        messages += [Message("assistant", answer), Message("user", text)]
+    said = [text for turn in asked.earlier for text in turn] + [asked.question]
+    said[0] = wording.format(context=asked.context, question=said[0])
     unanswered = not annotations or answers == [CANNOTANSWER]
     return Question(
         id=asked.id,
         family="qa",
         kind=f"{dataset}_no_answer" if unanswered else dataset,
-        messages=tuple(messages),
+        messages=tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)),
         answers=tuple(dict.fromkeys(answers)),
         annotations=annotations,
         dialogue=asked.dialogue,
