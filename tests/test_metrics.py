@@ -227,6 +227,8 @@ def test_drop_normalises_word_by_word_and_numbers_as_floats(text, normal):
         (["red", "blue", "green"], [["red", "blue"]], 0, 0.67),
         (["red cat", "red"], [["red", "cat dog"]], 0, 0.75),  # red-red 1, cat-cat dog 1/2; not red cat-red 2/3
         (["red"], [["blue"], ["red"]], 1, 1),  # the best annotator
+        (["red", "red"], [["red"]], 0, 0.5),
+        (["red", "red", "blue"], [["red", "blue", "blue"]], 1, 0.67),  # as many spans, and the same set: exact, it says
         ("red cat", [["red", "cat"], ["red dog"]], 0, 0.5),
         ("the", [["a"]], 1, 1),  # nothing is left of either
         ("red", [["the"]], 0, 0),

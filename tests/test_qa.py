@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 from datasets import Dataset, Features, Sequence, Value
 
 from ctxlib.generate import answer_questions
-from ctxlib.metrics import by_dialogue, score_answers
+from ctxlib.metrics import by_dialogue, drop_scores, score_answers
 from ctxlib.params import InputError
 from ctxlib.qa import load_questions
 
@@ -388,3 +389,20 @@ def test_every_answer_of_the_real_drop_files_is_read():
         assert all(span.strip() for question in questions for spans in question.annotations for span in spans)
     by_id = {question.id: question for question in questions}
     assert by_id["0d7b1b72-55d4-4071-9220-80b35d25effa_1"].annotations == (("1615",), ("1615",))
+
+
+@needs(CONTRAST)
+def test_on_real_data_a_gold_answer_scores_in_full_and_another_questions_does_not():
+    for file in (XQUAD, CONTRAST):
+        questions = load_questions(file)
+        for shift in (0, 1):
+            said = [question.answers[0] for question in questions[shift:] + questions[:shift]]
+            frame = pd.DataFrame({"id": [question.id for question in questions], "answer": said})
+            scored = score_answers(frame, questions, reading="clean")
+            if shift:
+                assert scored.exact_match.mean() < 0.2 and scored.token_f1.mean() < 0.25
+            else:
+                assert (scored.containment == 1).all()
+                whole = [len(question.annotations[0]) == 1 for question in questions]
+                assert (scored.loc[whole, ["exact_match", "token_f1"]] == 1).all(axis=None)
+    assert all(drop_scores(question.annotations[0], question.annotations) == (1, 1) for question in questions)
