@@ -187,7 +187,7 @@ def _squad(qa: Any, context: str, where: str) -> _Asked:
         str(_get(qa, "id", str | int, where)),
         context,
         _get(qa, "question", str, where),
-        () if qa.get("is_impossible") else tuple((text,) for text in texts),
+        tuple((text,) for text in texts),
     )
 
 

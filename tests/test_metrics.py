@@ -353,7 +353,13 @@ def test_every_dataset_is_scored_by_its_own_script():
         question("drop", ("3", "red"), answers=("3, red",)),
         question("unknown", answers=("3",)),
     ]
-    said = {"squad": "It is 13. Or so", "squad_v2_no_answer": "", "quac": "red", "drop": "13", "unknown": "It is 13."}
+    said = {
+        "squad": "It is 13. Or so",
+        "squad_v2_no_answer": "",
+        "quac": "red",
+        "drop": "13",
+        "unknown": "So it is. And 13.",
+    }
     frame = pd.DataFrame({"id": said.keys(), "answer": said.values()})
     clean = metrics.score_answers(frame, questions, reading="clean").set_index("id")
     paper = metrics.score_answers(frame, questions, reading="paper").set_index("id")
