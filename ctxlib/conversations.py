@@ -72,11 +72,20 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A verifiable instruction: its name in `ctxlib.instructions.RULES`, and the number and text that it asks for."""
+
+    name: str
+    number: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Question:
     """A prompt that ends with the user's message, and what is needed to score its answer."""
 
     id: str
-    family: str  # needle, qa, facts, instructions
+    family: str  # needle, qa, facts, instructions, mt_bench
     kind: str
     messages: tuple[Message, ...]
     response_prefix: str = ""
@@ -85,6 +94,7 @@ class Question:
     memory_answer: str | None = None
     context_length_tokens: int | None = None
     depth_percent: float | None = None
+    rules: tuple[Rule, ...] = ()
 
 
 def load_conversations(
