@@ -327,10 +327,10 @@ def open_judge(judge: Judge) -> Any:
         client.with_options(max_retries=0, timeout=min(judge.timeout, 30.0)).models.list()
     except openai.APITimeoutError:
         pass  # there, and busy
-    except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
+    except (openai.APIConnectionError, openai.AuthenticationError) as error:
         raise _stopped(judge, error) from None
     except (openai.OpenAIError, ValueError, AttributeError, TypeError):
-        pass  # it answered; not every server lists its models
+        pass  # it answered; not every server lists its models, nor to every key
     return client
 
 
