@@ -234,7 +234,7 @@ def mark(
 
 @app.command()
 def mt_bench(
-    model: Annotated[str, typer.Option(help="A folder with safetensors, or a hub id.", **_IN)],
+    model: Annotated[str, typer.Option(help="A folder with safetensors, a hub id, or miniature:instruct.", **_IN)],
     questions: Annotated[Path, typer.Option(help="A folder in FastChat's format: question.jsonl, …", **_IN)],
     judge: Annotated[str, typer.Option(help="The judge's name, as its server has it.", **_IN)],
     out: Annotated[Path, typer.Option(help="Folder for the ratings; a stopped run goes on from there.", **_IN)],

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from ctxlib.conversations import Message, Question
 from ctxlib.generate import answer_questions, question_prompt
 from ctxlib.metrics import bootstrap_interval
+from ctxlib.miniature import model_source
 from ctxlib.models import load_model, load_tokenizer, model_hash, require_chat_template
 from ctxlib.params import InputError, Reading
 from ctxlib.results import file_digest, to_json, write
@@ -582,10 +583,11 @@ def evaluate(
     """
     out = Path(out)
     client = open_judge(judge)
-    tokenizer = load_tokenizer(model, chat_template=chat_template, revision=revision)
+    source = model_source(model)
+    tokenizer = load_tokenizer(source, chat_template=chat_template, revision=revision)
     require_chat_template(tokenizer)
-    loaded = load_model(model, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
-    key = model_hash(model, revision=revision)
+    loaded = load_model(source, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
+    key = model_hash(source, revision=revision)
     answers = answer_turns(
         loaded,
         tokenizer,
