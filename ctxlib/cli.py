@@ -21,8 +21,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The experiment, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Replace a parameter: --set needle.per_cell=2")]
-_IN, _DATA, _SCORE, _MODEL, _RUN = (
-    {"rich_help_panel": name} for name in ("Input and output", "The data", "The score", "The model", "The run")
+_IN, _DATA, _SCORE, _JUDGE, _MODEL, _RUN = (
+    {"rich_help_panel": name}
+    for name in ("Input and output", "The data", "The score", "The judge", "The model", "The run")
 )
 
 
@@ -229,6 +230,94 @@ def mark(
     marked = mark_data(scores, out, threshold=threshold, fraction=fraction, layer=layer, reading=reading, data=data)
     print(marked.summary())
     print(f"written to {out}")
+
+
+@app.command()
+def mt_bench(
+    model: Annotated[str, typer.Option(help="A folder with safetensors, a hub id, or miniature:instruct.", **_IN)],
+    questions: Annotated[Path, typer.Option(help="A folder in FastChat's format: question.jsonl, …", **_IN)],
+    judge: Annotated[str, typer.Option(help="The judge's name, as its server has it.", **_IN)],
+    out: Annotated[Path, typer.Option(help="Folder for the ratings; a stopped run goes on from there.", **_IN)],
+    judge_prompts: Annotated[
+        Path | None, typer.Option(help="FastChat's judge_prompts.jsonl.", show_default="beside the questions", **_IN)
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Corrected reference answers.", show_default="as shipped", **_IN)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions, evenly spread.", **_IN)] = None,
+    base_url: Annotated[
+        str, typer.Option(help="Any server with OpenAI's protocol: http://localhost:8000/v1", **_JUDGE)
+    ] = "https://api.openai.com/v1",
+    api_key_variable: Annotated[
+        str, typer.Option(help="The environment variable that holds the key; a local server needs none.", **_JUDGE)
+    ] = "OPENAI_API_KEY",
+    repeats: Annotated[int, typer.Option(help="Judgements an answer.", **_JUDGE)] = 1,
+    temperature: Annotated[float, typer.Option(help="Of the judge; below 0: the server's own.", **_JUDGE)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Of a judgement; 0: the server's own limit.", **_JUDGE)] = 2048,
+    workers: Annotated[int, typer.Option(help="Judgements asked for at a time.", **_JUDGE)] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds for one judgement.", **_JUDGE)] = 300.0,
+    prices: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Of a million prompt and completion tokens, to tell the cost.", **_JUDGE),
+    ] = None,
+    reading: Annotated[
+        Literal["clean", "paper"], typer.Option(help="Both turns, or only the first as in the paper.", **_MODEL)
+    ] = "clean",
+    indicator: Annotated[str | None, typer.Option(help="Put after every user message: [IND]", **_MODEL)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", **_MODEL)] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Answers written at a time.", **_MODEL)] = 8,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.", **_MODEL)
+    ] = "float32",
+    quantisation: Annotated[Literal["nf4"] | None, typer.Option(help="4-bit weights.", **_MODEL)] = None,
+    attention: Annotated[
+        Literal["sdpa", "eager"], typer.Option(help="eager: for models without sdpa, such as Gemma 2.", **_MODEL)
+    ] = "sdpa",
+) -> None:
+    """MT-Bench of a model, graded by a judge that you name: ratings with intervals and the judge's own variance.
+
+    OUT will hold answers.jsonl, ratings.csv (a row a judgement), summary.csv, mt_bench.json (settings, hashes, tokens)
+    and what a stopped run goes on from. The judge's server is tried before the model is loaded.
+    """
+    from ctxlib import mt_bench as room
+
+    bench = room.load_mt_bench(questions, judge_prompts=judge_prompts, corrected_references=references, limit=limit)
+    grader = room.Judge(
+        judge,
+        base_url=base_url,
+        api_key_variable=api_key_variable,
+        temperature=temperature if temperature >= 0 else None,
+        max_tokens=max_tokens or None,
+        repeats=repeats,
+        workers=workers,
+        timeout=timeout,
+    )
+    try:
+        summary, taken = room.evaluate(
+            model,
+            bench,
+            grader,
+            out,
+            reading=reading,
+            indicator=indicator,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            revision=revision,
+            dtype=dtype,
+            quantisation=quantisation,
+            attention=attention,
+            prices=prices,
+        )
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from what is in {out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(summary.to_string(index=False, float_format="%.3f", na_rep=""))
+    print(", ".join(f"{name.replace('_', ' ')} {value:,.10g}" for name, value in taken.items()))
 
 
 def main() -> None:

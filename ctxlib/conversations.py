@@ -72,6 +72,15 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A verifiable instruction: its name in `ctxlib.instructions.RULES`, and the number and text that it asks for."""
+
+    name: str
+    number: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Question:
     """A prompt that ends with the user's message, and what is needed to score its answer.
 
@@ -80,7 +89,7 @@ class Question:
     """
 
     id: str
-    family: str  # needle, qa, facts, instructions
+    family: str  # needle, qa, facts, instructions, mt_bench
     kind: str
     messages: tuple[Message, ...]
     response_prefix: str = ""
@@ -91,6 +100,7 @@ class Question:
     depth_percent: float | None = None
     annotations: tuple[tuple[str, ...], ...] = ()
     dialogue: str | None = None
+    rules: tuple[Rule, ...] = ()
 
 
 def load_conversations(

@@ -26,6 +26,7 @@ ORDER = [
     "figures",
     "miniature",
     "score_folder",
+    "mt_bench",
     "experiment",
     "doctor",
     "run",
