@@ -193,7 +193,8 @@ class _Prefixes:
         return batch
 
     def _read(self, ids: list[int]) -> None:
-        shared = len(os.path.commonprefix([self.ids, ids]))
+        parted = (place for place, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new)
+        shared = next(parted, min(len(self.ids), len(ids)))
         if shared:
             self.cache.crop(shared - len(self.ids))
         else:
