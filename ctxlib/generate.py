@@ -82,7 +82,7 @@ def answer_questions(
     cache = _Cache(cache_dir, key)
     prompts = [tokenizer.decode(prompt.ids) for prompt in maps]
     answered = {q.id: cache.get(q.id, prompt) for q, prompt in zip(questions, prompts, strict=True)}
-    prefixes = _Prefixes(model) if reuse_prefixes and steering is None and _has_lasting_keys(model) else None
+    prefixes = _Prefixes(model) if reuse_prefixes and steering is None and _keys_can_be_reused(model) else None
     todo = [index for index, question in enumerate(questions) if answered[question.id] is None]
     todo.sort(key=lambda index: maps[index].ids.tolist() if prefixes else -len(maps[index]))
     with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="answers", disable=not progress) as bar:
@@ -157,7 +157,7 @@ def _base(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _has_lasting_keys(model: torch.nn.Module) -> bool:
+def _keys_can_be_reused(model: torch.nn.Module) -> bool:
     """Whether a token's keys and values depend only on the tokens before it, and nobody looks on as they are made."""
     config = _base(model).config
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}

@@ -286,7 +286,7 @@ def test_what_prompts_have_in_common_is_read_once(model, tokenizer):
 @pytest.mark.parametrize("kind", ["sliding window", "every other layer sliding", "dynamic rope"])
 def test_other_architectures_answer_as_without_reuse(tokenizer, kind):
     model = other_architecture(kind, tokenizer)
-    assert generate._has_lasting_keys(model) == (kind != "dynamic rope")
+    assert generate._keys_can_be_reused(model) == (kind != "dynamic rope")
     expected = answer_questions(model, tokenizer, IN_COMMON, **{**PLAIN, "batch_size": 1})
     assert answer_questions(model, tokenizer, IN_COMMON, reuse_prefixes=True, **PLAIN).equals(expected)
 
