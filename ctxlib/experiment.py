@@ -108,7 +108,8 @@ def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Q
         needle=section.needle,
         question=section.question,
         keywords=section.keywords,
-        response_prefix=section.response_prefix or "",
+        response_prefix=section.response_prefix,
+        reading=section.reading,
         **cells,
     )
 
@@ -149,7 +150,8 @@ def ask(
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
-    `recalled` is 1 where a needle's keywords are all said. Answers are cached under the experiment's `work` folder.
+    `recalled` is 1 where a needle's keywords are all said. Answers are cached under the experiment's `work` folder. Of
+    a haystack of texts, what the cells have in common is read once.
     """
     limits = {"needle": params.needle, "qa": params.qa, "facts": params.qa, "instructions": params.instructions}
     parts = []
@@ -167,6 +169,7 @@ def ask(
             max_new_tokens=limits[family].max_new_tokens,
             stop_text=None if template else PLAIN_SEPARATOR,
             batch_size=params.models.batch_size,
+            reuse_prefixes=family == "needle" and params.needle.source != EMBEDDED,
             model_key=model_key,
             cache_dir=params.output_dir / "work" / "answers",
         )

@@ -16,7 +16,8 @@ from jaxtyping import Int
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ctxlib.attention import steer_attention
 from ctxlib.conversations import Question
@@ -40,6 +41,7 @@ def answer_questions(
     steering_alpha: int | float | None = None,
     steering_options: Mapping[str, Any] | None = None,
     stop_text: str | None = None,
+    reuse_prefixes: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -55,6 +57,13 @@ def answer_questions(
     are weighted down (paper, section 2.3); `steering_options` go to `steer_attention`. With a `cache_dir` every answer
     is kept in a JSONL file of its own model, adapter, template, indicator, prefix, steering and decoding, and a run
     that was cut off goes on where it stood.
+
+    With `reuse_prefixes` the prompts are taken in the order of their tokens, and each is read only from where it parts
+    from the one before it: of what prompts begin with in common (a haystack up to its needle, a passage with several
+    questions) the keys and values are computed once. Same answers, to rounding. Every prompt is read from its
+    beginning, as without it, under steering, inside `record_allocation` or `steer_attention`, and by models whose
+    state is not one key and value a token (linear attention) or whose positions turn with the prompt's length
+    (dynamic and long rope).
 
     Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and for a damaged cache.
     """
@@ -73,11 +82,12 @@ def answer_questions(
     cache = _Cache(cache_dir, key)
     prompts = [tokenizer.decode(prompt.ids) for prompt in maps]
     answered = {q.id: cache.get(q.id, prompt) for q, prompt in zip(questions, prompts, strict=True)}
+    prefixes = _Prefixes(model) if reuse_prefixes and steering is None and _keys_can_be_reused(model) else None
     todo = [index for index, question in enumerate(questions) if answered[question.id] is None]
-    todo.sort(key=lambda index: -len(maps[index]))
+    todo.sort(key=lambda index: maps[index].ids.tolist() if prefixes else -len(maps[index]))
     with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="answers", disable=not progress) as bar:
         for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
-            written = _greedy(model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering)
+            written = _greedy(model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering, prefixes)
             for index, (answer, answer_tokens) in zip(batch, written, strict=True):
                 answered[questions[index].id] = answer, answer_tokens
                 cache.add(questions[index].id, prompts[index], answer, answer_tokens)
@@ -124,9 +134,10 @@ def _greedy(
     max_new_tokens: int,
     stop_text: str | None,
     steering: Mapping[str, Any] | None,
+    prefixes: "_Prefixes | None" = None,
 ) -> list[tuple[str, int]]:
     """Text and number of tokens of each prompt's greedy continuation."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     end_ids = _end_ids(base, tokenizer)
     pad_id = end_ids[0] if end_ids else tokenizer.pad_token_id or 0  # masked in prompts, and ends a finished answer
     config = GenerationConfig(
@@ -136,9 +147,82 @@ def _greedy(
     ids, mask = (tensor.to(base.device) for tensor in (batch.input_ids, batch.attention_mask))
     stops = [_StopAtText(tokenizer, stop_text, ids.shape[1])] if stop_text else None
     keep = (batch.roles == Role.USER).to(base.device)
+    read = {"past_key_values": prefixes.read(maps, max_new_tokens)} if prefixes and min(map(len, maps)) > 1 else {}
     with _only(base, config), steer_attention(base, keep, **steering) if steering else nullcontext():
-        written = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stops)
+        written = base.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stops, **read)
     return [_answer(tokenizer, row, {*end_ids, pad_id}, stop_text) for row in written[:, ids.shape[1] :].tolist()]
+
+
+def _base(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _keys_can_be_reused(model: torch.nn.Module) -> bool:
+    """Whether a token's keys and values depend only on the tokens before it, and nobody looks on as they are made."""
+    config = _base(model).config
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, Mapping)}
+    layers = DynamicCache(config=config).layers
+    return (
+        all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and not kinds & {"dynamic", "longrope"}
+        and not config._attn_implementation.startswith("ctxlib")
+    )
+
+
+class _Prefixes:
+    """Keys and values of the prompt that was read last: the next one is read from where it parts from that one."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.decoder = _base(model).get_decoder()
+        self.ids: list[int] = []
+        self.cache = DynamicCache()
+
+    @torch.no_grad()
+    def read(self, maps: Sequence[RoleMap], max_new_tokens: int) -> DynamicCache:
+        """All tokens of each prompt but the last, padded on the left, with room for the last and for the answer."""
+        width = max(map(len, maps)) - 1
+        batch = DynamicCache()
+        for row, prompt in enumerate(maps):
+            self._read(prompt.ids[:-1].tolist())
+            if not row:
+                batch.layers = [_Roomy(layer, len(maps), width, 1 + max_new_tokens) for layer in self.cache.layers]
+            for mine, theirs in zip(batch.layers, self.cache.layers, strict=True):
+                mine.keys[row, :, width - len(self.ids) :] = theirs.keys[0]
+                mine.values[row, :, width - len(self.ids) :] = theirs.values[0]
+        return batch
+
+    def _read(self, ids: list[int]) -> None:
+        parted = (place for place, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new)
+        shared = next(parted, min(len(self.ids), len(ids)))
+        if shared:
+            self.cache.crop(shared - len(self.ids))
+        else:
+            self.cache = DynamicCache()
+        if shared < len(ids):
+            new = torch.tensor([ids[shared:]], device=self.decoder.device)
+            self.decoder(input_ids=new, past_key_values=self.cache, use_cache=True)
+        self.ids = ids
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values that have room for those to come, so that no decoding step has to copy them all."""
+
+    def __init__(self, like: DynamicLayer, batch: int, width: int, more: int):
+        super().__init__()
+        self.lazy_initialization(like.keys, like.values)
+        self.room = tuple(t.new_zeros(batch, t.shape[1], width + more, t.shape[3]) for t in (like.keys, like.values))
+        self._show(width)
+
+    def _show(self, end: int) -> None:
+        self.keys, self.values = (tensor[:, :, :end] for tensor in self.room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        begin, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        for tensor, states in zip(self.room, (key_states, value_states), strict=True):
+            tensor[:, :, begin:end] = states
+        self._show(end)
+        return self.keys, self.values
 
 
 def _end_ids(model: torch.nn.Module, tokenizer: Any) -> list[int]:

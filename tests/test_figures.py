@@ -96,6 +96,9 @@ DRAWN = {
     "needle": lambda: figures.needle_heatmap(
         values(condition=[*CONDITIONS, "d", "e"], depth_percent=[0, 50, 100], context_length_tokens=[100, 400])
     ),
+    "needle_maps": lambda: figures.needle_maps(
+        *[values(depth_percent=[0, 50, 100], context_length_tokens=[100, 400]) for _ in range(2)]
+    ),
     "needle_large": lambda: figures.needle_heatmap(
         values(depth_percent=np.linspace(0, 100, 30).round(), context_length_tokens=np.linspace(200, 4000, 26).round())
     ),
@@ -175,6 +178,19 @@ def test_needle_colours_run_from_zero_to_one_whatever_the_values():
     frame = values(condition=["a", "b"], depth_percent=[0, 100], context_length_tokens=[100, 200])
     figure = figures.needle_heatmap(frame.assign(value=0.5))
     assert {ax.collections[0].get_clim() for ax in figure.axes[:2]} == {(0, 1)}
+
+
+def test_recall_and_attention_to_the_needle_stand_side_by_side_each_on_its_own_scale():
+    recall = values(depth_percent=[0, 100], context_length_tokens=[100, 200]).assign(value=[0.1, 0.2, 0.3, 0.4])
+    attention = recall.assign(value=[0.01, 0.02, 0.03, 0.04])
+    figure = figures.needle_maps(recall, attention)
+    maps = [ax.collections[0] for ax in figure.axes[:2]]
+    assert [drawn.get_clim() for drawn in maps] == [(0, 1), (0, 0.04)]
+    for drawn, frame in zip(maps, (recall, attention), strict=True):
+        assert drawn.get_array().ravel().tolist() == frame["value"].tolist()
+    assert {label for ax in figure.axes if (label := ax.get_ylabel())} == {
+        "depth (% of context)", "needle recall\n(fraction)", "attention to the needle\n(fraction)",
+    }  # fmt: skip
 
 
 def test_shift_colours_are_centred_at_zero():

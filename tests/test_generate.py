@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from ctxlib import generate
+from ctxlib.attention import record_allocation
 from ctxlib.conversations import Message, Question
 from ctxlib.generate import COLUMNS, answer_questions
 from ctxlib.models import add_indicator
@@ -194,3 +196,120 @@ def test_no_questions_make_an_empty_frame(model, tokenizer):
     frame = answer_questions(model, tokenizer, [], **PLAIN)
     assert tuple(frame.columns) == COLUMNS
     assert frame.empty
+
+
+HAY = [f"Nothing much happened on day {number}." for number in range(6)]
+IN_COMMON = [
+    Question(f"hay{place}-{ask}", "needle", "text", (Message("user", f"{' '.join(text)}\n{ask}"),), "Well,")
+    for place in (0, 3, 6)
+    for text in [[*HAY[:place], "Mira collects stamps.", *HAY[place:]]]
+    for ask in ("Who?", "What does Mira collect?")
+]
+
+
+def other_architecture(kind, tokenizer):
+    """Tiny random models whose keys do not all look back to the beginning, or that keep none."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0, "bos_token_id": tokenizer.bos_token_id,
+    }  # fmt: skip
+    configs = {
+        "sliding window": lambda: MistralConfig(**shape, sliding_window=40),
+        "every other layer sliding": lambda: Gemma2Config(**shape, sliding_window=40),
+        "dynamic rope": lambda: LlamaConfig(
+            **shape, max_position_embeddings=512,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(configs[kind]()).eval()
+
+
+def tokens_read(model, counted):
+    """Counts the tokens that go through the decoder in passes over more than one of them."""
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def counting(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        counted.append(ids.numel() if ids.shape[1] > 1 else 0)
+        return forward(*args, **kwargs)
+
+    decoder.forward = counting
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    ("template", "use_prefix", "indicator"), [(True, False, None), (True, True, "[IND]"), (False, True, None)]
+)
+def test_prompts_with_a_common_beginning_are_answered_as_one_by_one(
+    model, tokenizer, template, use_prefix, indicator, batch_size
+):
+    if indicator:
+        tokenizer = copy.deepcopy(tokenizer)
+        add_indicator(model, tokenizer, indicator)
+    asked = [*IN_COMMON, *QUESTIONS]
+    conditions = {"template": template, "use_prefix": use_prefix, "indicator": indicator}
+    settings = {**DECODING, **conditions, "batch_size": batch_size}
+    reused = answer_questions(model, tokenizer, asked, reuse_prefixes=True, **settings)
+    assert list(reused["id"]) == [question.id for question in asked]
+    for question, row in zip(asked, reused.itertuples(), strict=True):
+        prompt = generate.question_prompt(tokenizer, question, template, indicator, use_prefix)
+        assert (row.answer, row.answer_tokens) == greedy_loop(model, tokenizer, prompt)
+
+
+def test_keys_read_piece_by_piece_give_the_logits_of_a_whole_prompt(model, tokenizer):
+    maps = [generate.question_prompt(tokenizer, question, True, None, False) for question in IN_COMMON]
+    maps.sort(key=lambda prompt: prompt.ids.tolist())
+    batch = generate.pad_batch(maps, 0)
+    with torch.no_grad():
+        keys = generate._Prefixes(model).read(maps, max_new_tokens=3)
+        places = batch.attention_mask.cumsum(dim=1)[:, -1:] - 1
+        logits = model(
+            batch.input_ids[:, -1:], attention_mask=batch.attention_mask, position_ids=places, past_key_values=keys
+        ).logits[:, -1]
+        for row, prompt in enumerate(maps):
+            torch.testing.assert_close(logits[row], model(prompt.ids[None]).logits[0, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_what_prompts_have_in_common_is_read_once(model, tokenizer):
+    counted = []
+    tokens_read(model, counted)
+    answer_questions(model, tokenizer, IN_COMMON, reuse_prefixes=True, **PLAIN)
+    maps = [generate.question_prompt(tokenizer, question, True, None, False) for question in IN_COMMON]
+    nodes = {tuple(prompt.ids[:end].tolist()) for prompt in maps for end in range(1, len(prompt))}
+    last_of_each = sum(len(prompt) for prompt in maps)
+    assert sum(counted) == len(nodes) < 0.7 * last_of_each
+
+
+@pytest.mark.parametrize("kind", ["sliding window", "every other layer sliding", "dynamic rope"])
+def test_other_architectures_answer_as_without_reuse(tokenizer, kind):
+    model = other_architecture(kind, tokenizer)
+    assert generate._keys_can_be_reused(model) == (kind != "dynamic rope")
+    expected = answer_questions(model, tokenizer, IN_COMMON, **{**PLAIN, "batch_size": 1})
+    assert answer_questions(model, tokenizer, IN_COMMON, reuse_prefixes=True, **PLAIN).equals(expected)
+
+
+def test_under_steering_and_recording_nothing_is_reused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(generate._Prefixes, "read", never)
+    steered = answer_questions(model, tokenizer, IN_COMMON, steering_alpha=0.1, **PLAIN)
+    settings = {**PLAIN, "reuse_prefixes": True}
+    assert answer_questions(model, tokenizer, IN_COMMON, steering_alpha=0.1, **settings).equals(steered)
+    (prompt,) = [generate.question_prompt(tokenizer, IN_COMMON[0], True, None, False)]
+    with record_allocation(model, prompt.roles[None]) as recording:
+        answer_questions(model, tokenizer, IN_COMMON[:1], **settings)
+    assert recording.allocation.shape[1] == 1
+    with pytest.raises(AssertionError, match="was called"):
+        answer_questions(model, tokenizer, IN_COMMON, **settings)
+
+
+def test_a_run_that_reuses_prefixes_goes_on_where_it_was_killed(model, tokenizer, tmp_path, monkeypatch):
+    expected = answer_questions(model, tokenizer, IN_COMMON, **PLAIN)
+    settings = {**PLAIN, "reuse_prefixes": True, "cache_dir": tmp_path}
+    answer_questions(model, tokenizer, IN_COMMON[:3], **settings)
+    asked = []
+    greedy = generate._greedy
+    monkeypatch.setattr(generate, "_greedy", lambda *args: asked.extend(args[2]) or greedy(*args))
+    assert answer_questions(model, tokenizer, IN_COMMON, **settings).equals(expected)
+    assert len(asked) == len(IN_COMMON) - 3

@@ -8,6 +8,7 @@ from ctxlib.figures.answers import (
     bars_with_intervals,
     claims_forest,
     needle_heatmap,
+    needle_maps,
     recall_by_condition,
     steering_curve,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "length_histograms",
     "loss_curves",
     "needle_heatmap",
+    "needle_maps",
     "recall_by_condition",
     "roc_and_pr",
     "role_strip",

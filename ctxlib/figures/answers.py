@@ -121,6 +121,31 @@ def needle_heatmap(
 
 
 @styled
+def needle_maps(
+    recall: pd.DataFrame,
+    attention: pd.DataFrame,
+    *,
+    title: str | None = "What is found, and what is looked at",
+    subtitle: str | None = None,
+) -> Figure:
+    """Recall beside attention to the needle, each a frame (depth_percent, context_length_tokens, value, n).
+
+    The colours of recall run from 0 to 1, those of attention from 0 to its highest value.
+    """
+    frames = {"needle recall (fraction)": recall, "attention to the needle (fraction)": attention}
+    grids = [grid_of(frame, None, None, "depth_percent", "context_length_tokens") for frame in frames.values()]
+    width, height = (min(5.2, max(2.5, 0.36 * grids[0].shape[1] + 0.5)), max(1.7, 0.27 * grids[0].shape[0] + 0.5))
+    fig, axes = new_figure(1, 2, 2 * width + 2.2, height + 0.35, sharey=True)
+    for ax, label, grid, top in zip(axes[0], frames, grids, (1, np.nanmax(grids[1])), strict=True):
+        scale = {"cmap": SEQUENTIAL, "vmin": 0, "vmax": top}
+        draw_heat(fig, np.array([[ax]]), [grid], [None], scale, label)
+        ax.set(xlabel="context length (tokens)", ylabel="depth (% of context)")
+    axes[0, 1].set_ylabel("")
+    axes[0, 1].tick_params(labelleft=False)
+    return finish(fig, title, subtitle, footnote(None, pd.concat([recall, attention]), "per cell"))
+
+
+@styled
 def steering_curve(
     frame: pd.DataFrame,
     *,
