@@ -8,10 +8,9 @@ from peft import AutoPeftModelForCausalLM
 
 from ctxlib import finetune as finetune_module
 from ctxlib.conversations import Conversation, Message
-from ctxlib.finetune import (
-    add_lora,
+from ctxlib.finetune import add_lora, finetune
+from ctxlib.labels import (
     collate,
-    finetune,
     label_audit,
     label_counts,
     supervised_mask,
