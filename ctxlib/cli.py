@@ -278,8 +278,10 @@ def finetune(
     from ctxlib.conversations import load_conversations
     from ctxlib.finetune import export_merged, is_main_process
     from ctxlib.finetune import finetune as train
+    from ctxlib.miniature import model_source
     from ctxlib.models import load_tokenizer
 
+    model = model_source(model)
     corpus = load_conversations(data, on_bad_row=on_bad_row)
     marks = sum(message.indicated for conversation in corpus.conversations for message in conversation.messages)
     if indicator and not marks:
