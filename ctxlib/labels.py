@@ -131,7 +131,7 @@ def audit(
     """
     console.print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()), markup=False)
     console.print(label_counts(examples, indicator_id).round(3).to_string(index=False), markup=False)
-    shown = min(examples, key=lambda e: (bool((e.input_ids != indicator_id).all()), len(e.input_ids)))
+    shown = min(examples, key=lambda e: (indicator_id not in e.input_ids.tolist(), len(e.input_ids)))
     console.print(show_labels(tokenizer, shown, console.color_system is not None), soft_wrap=True)
 
 

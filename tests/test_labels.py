@@ -200,8 +200,8 @@ def test_the_audit_shows_what_is_learned(tokenizer):
 
 
 def test_the_audit_of_a_corpus_without_an_indicator_shows_the_shortest(tokenizer):
-    examples, counts = training_examples(tokenizer, [conversation("q", "a long answer"), conversation("q", "a")])
+    examples, counts = training_examples(tokenizer, [conversation("q", "a lengthy answer"), conversation("q", "a")])
     console = Console(width=100, color_system=None)
     with console.capture() as printed:
         audit(tokenizer, examples, counts, console)
-    assert "‹a</s>›" in printed.get() and "long" not in printed.get()
+    assert "‹a</s>›" in printed.get() and "lengthy" not in printed.get()
