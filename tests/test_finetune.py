@@ -338,22 +338,21 @@ def test_killed_without_warning_and_started_again_it_ends_with_the_same_weights(
     assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_two_processes_under_accelerate_train_as_one_with_twice_the_batch(
-    model_folder, tokenizer, conversations, tmp_path, command
-):
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
-    launcher += ["--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no"]
+def test_two_processes_train_as_one_with_twice_the_batch(model_folder, tokenizer, conversations, tmp_path, command):
+    # what `accelerate launch` starts on several GPUs; on a CPU it would need MPI
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     options = ["--steps", 6, "--batch-size", 2, "--gradient-accumulation", 1, "--lora-dropout", 0]
     process = start(*launcher, *command, *options, "--out", tmp_path / "two")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert said.count("7 used, 0 truncated") == said.count("written to") == 1  # only one of the two speaks
+    assert '"processes": 2' in (tmp_path / "two" / "finetune.json").read_text()
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "lora_dropout": 0.0, "indicator": "[IND]"}
     log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "one", progress=False, **settings)
-    assert pd.read_csv(tmp_path / "two" / "loss.csv").loss.item() == pytest.approx(log.loss.item(), rel=1e-3)
+    assert pd.read_csv(tmp_path / "two" / "loss.csv").loss.item() == pytest.approx(log.loss.item(), rel=1e-4)
     one, two = (logits(load_model(tmp_path / name, device="cpu")) for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=0, atol=0.02)
-    assert (one - logits(load_model(model_folder, device="cpu"))).abs().max() > 0.2
+    torch.testing.assert_close(two, one, rtol=0, atol=0.01)
+    assert (one[..., : len(tokenizer)] - logits(load_model(model_folder, device="cpu"))).abs().max() > 0.2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marked.jsonl", "model", "one", "two"]
 
 
