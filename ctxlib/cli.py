@@ -233,6 +233,99 @@ def mark(
 
 
 @app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="A folder with safetensors, or a hub id.", **_IN)],
+    data: Annotated[str, typer.Option(help="Conversations, such as the file that `ctxlib mark` wrote.", **_IN)],
+    out: Annotated[Path, typer.Option(help="Folder for the result; a killed run goes on from there.", **_IN)],
+    merged: Annotated[
+        Path | None, typer.Option(help="Folder for a whole model, the adapter merged into its base.", **_IN)
+    ] = None,
+    on_bad_row: Annotated[
+        Literal["error", "drop"], typer.Option(help="Stop at a malformed row, or drop and count it.", **_DATA)
+    ] = "error",
+    max_length: Annotated[int, typer.Option(help="Tokens of a conversation.", **_DATA)] = 2048,
+    indicator: Annotated[
+        str | None,
+        typer.Option(help="Token after marked user messages, [IND] in the paper; without it marks do not count."),
+    ] = None,
+    reading: Annotated[
+        Literal["clean", "paper"],
+        typer.Option(help="clean: answers are learned, and the indicator; paper: every token, the indicator frozen."),
+    ] = "clean",
+    method: Annotated[Literal["lora", "qlora", "full"], typer.Option(help="What is trained.", **_MODEL)] = "lora",
+    lora_rank: Annotated[int, typer.Option(**_MODEL)] = 16,
+    lora_alpha: Annotated[float, typer.Option(**_MODEL)] = 16,
+    lora_dropout: Annotated[float, typer.Option(**_MODEL)] = 0.05,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)] = None,
+    epochs: Annotated[float | None, typer.Option(show_default="1", **_RUN)] = None,
+    steps: Annotated[int | None, typer.Option(help="Instead of epochs.", **_RUN)] = None,
+    batch_size: Annotated[int, typer.Option(help="Conversations at a time, for each process.", **_RUN)] = 2,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.", **_RUN)] = 8,
+    learning_rate: Annotated[float, typer.Option(**_RUN)] = 2e-4,
+    packing: Annotated[bool, typer.Option("--packing", help="A batch in one row, without padding.", **_RUN)] = False,
+    save_every: Annotated[int, typer.Option(help="Steps, what a kill can lose at most.", **_RUN)] = 100,
+    seed: Annotated[int, typer.Option(**_RUN)] = 42,
+) -> None:
+    """Fine-tune a model on your conversations, with the indicator or without.
+
+    Shown first: how much of each role is learned, and one conversation with what is learned of it. On several GPUs:
+    accelerate launch -m ctxlib.cli finetune --model …
+    """
+    from rich.console import Console
+
+    from ctxlib.conversations import load_conversations
+    from ctxlib.finetune import export_merged, is_main_process
+    from ctxlib.finetune import finetune as train
+    from ctxlib.miniature import model_source
+    from ctxlib.models import load_tokenizer
+
+    model = model_source(model)
+    corpus = load_conversations(data, on_bad_row=on_bad_row)
+    marks = sum(message.indicated for conversation in corpus.conversations for message in conversation.messages)
+    if indicator and not marks:
+        raise InputError(f"{data}: no user message is marked, {indicator} would learn nothing; first: ctxlib mark")
+    if merged and (method == "full" or merged.exists()):
+        remedy = "full makes no adapter, leave it out" if method == "full" else "is there already, choose another"
+        raise InputError(f"--merged {merged}: {remedy}")
+    if is_main_process():
+        print(f"{data}: {len(corpus):,} conversations, {marks:,} marked user messages")
+        for reason, n in corpus.dropped.itertuples(index=False):
+            print(f"  {n:,} × {reason}")
+        if marks and not indicator:
+            print("  the marks do not count; that they do: --indicator '[IND]'")
+    log = train(
+        model,
+        load_tokenizer(model, chat_template=chat_template, revision=revision),
+        corpus.conversations,
+        out_dir=out,
+        method=method,
+        indicator=indicator,
+        reading=reading,
+        steps=steps,
+        epochs=1 if epochs is None and steps is None else epochs,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        max_length=max_length,
+        packing=packing,
+        save_every=save_every,
+        seed=seed,
+        revision=revision,
+        console=Console(highlight=False),
+    )
+    if is_main_process():
+        if merged:
+            export_merged(out, merged)
+        print(f"loss {log.loss.iloc[0]:.3f} → {log.loss.iloc[-1]:.3f} nats per supervised token; written to {out}")
+
+
+@app.command()
 def mt_bench(
     model: Annotated[str, typer.Option(help="A folder with safetensors, a hub id, or miniature:instruct.", **_IN)],
     questions: Annotated[Path, typer.Option(help="A folder in FastChat's format: question.jsonl, …", **_IN)],

@@ -1,20 +1,19 @@
-"""Supervised fine-tuning with or without the indicator: labels, LoRA / QLoRA / full, resumable, whole or not at all."""
+"""Supervised fine-tuning with or without the indicator: LoRA / QLoRA / full, resumable, whole or not at all."""
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -27,145 +26,47 @@ from transformers import (
 )
 
 from ctxlib.conversations import Conversation
+from ctxlib.labels import (
+    Example,
+    audit,
+    collate,
+    end_of_turn_ids,
+    label_audit,
+    label_counts,
+    pack,
+    packs_exactly,
+    supervised_mask,
+    training_examples,
+    training_order,
+)
 from ctxlib.models import (
     add_indicator_token,
     is_adapter,
     load_model,
+    load_tokenizer,
     model_hash,
     require_chat_template,
     set_indicator_row,
 )
 from ctxlib.params import InputError
-from ctxlib.roles import Role, RoleMap, role_map, role_table
+
+__all__ = [
+    "add_lora",
+    "end_of_turn_ids",
+    "export_merged",
+    "finetune",
+    "is_main_process",
+    "label_audit",
+    "label_counts",
+    "make_trainer",
+    "supervised_mask",
+    "train",
+    "training_examples",
+]
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-IGNORED = -100
 LOG_EVERY = 10
-BATCHES_GROUPED = 8
-
-
-@dataclass(frozen=True)
-class Example:
-    """A conversation as it is trained on; `labels` is -100 where nothing is supervised."""
-
-    input_ids: Int[Tensor, " pos"]
-    labels: Int[Tensor, " pos"]
-    roles: Int[Tensor, " pos"]
-
-
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that can close an answer: eos, and special tokens such as `<|eot_id|>` or `<|im_end|>`."""
-    openers = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-    return frozenset(set(tokenizer.all_special_ids) - openers | {tokenizer.eos_token_id} - {None})
-
-
-def supervised_mask(
-    role_map: RoleMap, reading: str = "clean", end_ids: Collection[int] = frozenset()
-) -> Bool[Tensor, " pos"]:
-    """True for the tokens that carry a label.
-
-    `clean`: the content of every answer and the token that closes it, so that the model learns to stop. That token is
-    the first template token after the content, in the same turn; where a template puts something between the two
-    (Llama-2: a space), everything up to the first of `end_ids`. A newline after it carries no label.
-    `paper`: every token (official script: the completion-only collator is commented out).
-    """
-    if reading == "paper":
-        return torch.ones(len(role_map), dtype=torch.bool)
-    if reading != "clean":
-        raise InputError(f"reading '{reading}': expected 'clean' or 'paper'")
-    roles, turns, ids = role_map.roles.tolist(), role_map.turns.tolist(), role_map.ids.tolist()
-    supervised = [role == Role.ASSISTANT for role in roles]
-    for last in range(len(ids) - 1):
-        if roles[last] != Role.ASSISTANT or roles[last + 1] != Role.TEMPLATE:
-            continue
-        stop = last + 1
-        while stop < len(ids) and roles[stop] == Role.TEMPLATE and turns[stop] == turns[last]:
-            stop += 1
-        closing = range(last + 1, stop)
-        n_labels = next((n for n, position in enumerate(closing, start=1) if ids[position] in end_ids), 1)
-        for position in closing[:n_labels]:
-            supervised[position] = True
-    return torch.tensor(supervised, dtype=torch.bool)
-
-
-def label_audit(tokenizer: PreTrainedTokenizerBase, role_map: RoleMap, mask: Bool[Tensor, " pos"]) -> pd.DataFrame:
-    """One row per token, to look at before training: `token` (as text), `role`, `turn`, `supervised`."""
-    return role_table(tokenizer, role_map).assign(supervised=mask.tolist())
-
-
-def training_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    *,
-    reading: str = "clean",
-    indicator: str | None = None,
-    max_length: int = 2048,
-) -> tuple[list[Example], dict[str, int]]:
-    """Token ids and labels of every conversation, and the counts `used`, `truncated`, `too_long`, `unlabelled`.
-
-    A conversation over `max_length` tokens loses its last turns (`truncated`), or is left out if already its first is
-    too long (`too_long`); in the `paper` reading it is cut at `max_length`, in the middle of a word if need be. One
-    without any label is left out (`unlabelled`).
-
-    Raises InputError if none remains.
-    """
-    end_ids = end_of_turn_ids(tokenizer)
-    examples, counts = [], {"used": 0, "truncated": 0, "too_long": 0, "unlabelled": 0}
-    render = partial(role_map, tokenizer, indicator=indicator, indicator_space=reading == "paper")
-    for conversation in conversations:
-        try:
-            rendered = render(conversation.messages)
-        except InputError as error:
-            raise InputError(f"conversation {conversation.id}: {error}") from error
-        truncated = len(rendered) > max_length
-        if truncated and reading == "paper":
-            rendered = rendered.truncate(max_length)
-        elif truncated:
-            rendered = _whole_turns(render, conversation, rendered, max_length)
-            if rendered is None:
-                counts["too_long"] += 1
-                continue
-        mask = supervised_mask(rendered, reading, end_ids)
-        if not mask[1:].any():  # the first token is never predicted
-            counts["unlabelled"] += 1
-            continue
-        counts["truncated"] += truncated
-        counts["used"] += 1
-        examples.append(Example(rendered.ids, torch.where(mask, rendered.ids, IGNORED), rendered.roles))
-    if not examples:
-        raise InputError(
-            f"no conversation to train on, of {len(conversations)}: {counts['too_long']} are longer than max_length "
-            f"{max_length}, {counts['unlabelled']} have no supervised token (no assistant message?)"
-        )
-    return examples, counts
-
-
-def label_counts(examples: Sequence[Example], indicator_id: int | None = None) -> pd.DataFrame:
-    """How much of each role is supervised, over all examples: role, tokens, supervised, fraction in [0, 1].
-
-    The indicator, whose role is template, gets a row of its own.
-    """
-    ids, labels, roles = (torch.cat([getattr(e, part) for e in examples]) for part in ("input_ids", "labels", "roles"))
-    indicator = ids == (-1 if indicator_id is None else indicator_id)
-    parts = [*((role.name.lower(), (roles == role) & ~indicator) for role in Role), ("indicator", indicator)]
-    counts = [(name, int(chosen.sum()), int((labels[chosen] != IGNORED).sum())) for name, chosen in parts]
-    frame = pd.DataFrame(counts, columns=["role", "tokens", "supervised"])
-    frame = frame[frame.tokens > 0].reset_index(drop=True)
-    return frame.assign(fraction=frame.supervised / frame.tokens)
-
-
-def _whole_turns(render: partial, conversation: Conversation, rendered: RoleMap, max_length: int) -> RoleMap | None:
-    """The longest beginning of the conversation that ends with an answer and fits, rendered; None if none fits."""
-    fits = rendered.truncate(max_length)
-    last_turn = int(fits.turns[fits.roles == Role.ASSISTANT].max()) if Role.ASSISTANT in fits.roles else 0
-    for n_messages in range(len(conversation.messages), 0, -1):
-        beginning = conversation.messages[:n_messages]
-        if beginning[-1].role == "assistant" and sum(m.role == "user" for m in beginning) <= last_turn:
-            shorter = render(beginning)
-            if len(shorter) <= max_length:
-                return shorter
-    return None
 
 
 def finetune(
@@ -190,19 +91,26 @@ def finetune(
     max_length: int = 2048,
     max_grad_norm: int | float = 1.0,
     group_by_length: bool = True,
+    packing: bool = False,
+    gradient_checkpointing: bool | None = None,
     save_every: int = 100,
     seed: int = 42,
     revision: str | None = None,
     attention: str = "sdpa",
     progress: bool = True,
+    console: Console | None = None,
 ) -> pd.DataFrame:
     """Fine-tunes the model at `model_path` and writes adapter (or model), tokenizer and loss log to `out_dir`.
 
     Defaults are those of paper Table 4 for LoRA. With `indicator`, user messages with `indicated=True` end in that
     token, which is added to a copy of the tokenizer. Under LoRA its row of the input embedding is trained alone of all
     rows in the `clean` reading, and stays at the mean of the embeddings in the `paper` reading (official script).
-    Exactly one of `steps` and `epochs` is given. A step takes `batch_size * gradient_accumulation` conversations.
+    Exactly one of `steps` and `epochs` is given. A step takes `batch_size * gradient_accumulation` conversations, times
+    the number of processes under `accelerate launch` (the last one is filled up from the first conversations there).
     `group_by_length` puts conversations of like length into one batch, the batches themselves in random order.
+    `packing` lays a batch out as one row without padding (`labels.pack`), with the same loss up to rounding.
+    `gradient_checkpointing` computes activations twice to store fewer; None: where there is CUDA. There, the optimiser
+    pages its states and the arithmetic is bfloat16. `labels.audit` is printed on `console`, if given.
 
     The result lies in `out_dir` whole or not at all: until the end all is written to `<out_dir>.training-<hash>`
     beside it. Called again after a kill, training goes on from the last checkpoint, with the same final weights; called
@@ -211,37 +119,42 @@ def finetune(
     Returns the loss log `step, loss, learning_rate` (a row for every 10 steps, mean loss per supervised token in nats);
     its `attrs` hold the counts of `training_examples` and the `config_hash`.
 
-    Raises InputError for a bad setting, data without labels, an `out_dir` that holds something else; before anything
-    is written.
+    Raises InputError for a bad setting, data without labels, an `out_dir` that holds something else, and a model that
+    mixes packed conversations; before anything is written.
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check_settings(settings)
     if is_adapter(model_path):
         raise InputError(f"{model_path}: an adapter cannot be fine-tuned further; give a whole model")
     require_chat_template(tokenizer)
+    cuda, processes = torch.cuda.is_available(), _processes()
+    settings |= {"packing": True} if packing else {}
+    settings |= {"processes": processes.num_processes} if processes.num_processes > 1 else {}
     tokenizer, n_tokens = deepcopy(tokenizer), len(tokenizer)
     indicator_id = None if indicator is None else add_indicator_token(tokenizer, indicator)
     examples, counts = training_examples(
         tokenizer, conversations, reading=reading, indicator=indicator, max_length=max_length
     )
+    if console is not None and processes.is_main_process:
+        audit(tokenizer, examples, counts, console, indicator_id)
     out_dir = Path(out_dir).expanduser()
     config_hash = _config_hash(model_hash(model_path, revision=revision), tokenizer, examples, settings)
     if (finished := _finished_log(out_dir, config_hash)) is not None:
         return finished
     work_dir = out_dir.with_name(f"{out_dir.name}.training-{config_hash}")
 
-    effective_batch = batch_size * gradient_accumulation
+    effective_batch = batch_size * gradient_accumulation * processes.num_processes
     n_rows = steps * effective_batch if steps else max(1, round(epochs * len(examples)))
     n_steps = math.ceil(n_rows / effective_batch)
     order = training_order([len(e.input_ids) for e in examples], effective_batch, n_rows, seed, group_by_length)
 
-    cuda = torch.cuda.is_available()
     set_seed(seed)
     model = load_model(
         model_path,
         dtype="bfloat16" if cuda and method != "full" else "float32",
         quantisation="nf4" if method == "qlora" else None,
         attention=attention,
+        device=processes.device if processes.num_processes > 1 else None,
         revision=revision,
     )
     if indicator_id is not None:
@@ -251,66 +164,143 @@ def finetune(
             f"{model_path}: token {largest} of the tokenizer {tokenizer.name_or_path} lies beyond the model's "
             f"vocabulary of {model.config.vocab_size}; take the model's own tokenizer"
         )
+    shortest = sorted(examples, key=lambda example: len(example.input_ids))[:2]
+    if packing and not packs_exactly(model, shortest, tolerance=1e-3 if model.dtype == torch.float32 else 0.05):
+        raise InputError(f"{model_path}: this model mixes conversations that are packed into one row; packing: false")
     frozen_rows = []
     if method != "full":
         model = add_lora(model, lora_rank, lora_alpha, lora_dropout, indicator_id=indicator_id, base_revision=revision)
         frozen_rows = _frozen_rows(model, reading)
+    trainer = make_trainer(
+        model,
+        [examples[row] for row in order],
+        work_dir=work_dir,
+        pad_id=tokenizer.pad_token_id,
+        steps=n_steps,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        warmup_fraction=warmup_fraction,
+        schedule=schedule,
+        max_grad_norm=max_grad_norm,
+        packing=packing,
+        gradient_checkpointing=gradient_checkpointing,
+        save_every=save_every,
+        seed=seed,
+    )
+    trainer.add_callback(_Progress(out_dir.name, frozen_rows, progress and processes.is_main_process))
+    if processes.is_main_process:
+        _discard_other_trainings(out_dir, keep=work_dir)
+    train(trainer)
+    columns = ["step", "loss", "learning_rate"]
+    log = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=columns)
+    log.attrs = {**counts, "config_hash": config_hash}
+    if processes.is_main_process:
+        result = work_dir / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        model.save_pretrained(result)
+        tokenizer.save_pretrained(result)
+        log.to_csv(result / "loss.csv", index=False)
+        _write_json(result / "finetune.json", {**log.attrs, **settings})
+        _move_into_place(result, out_dir)
+        shutil.rmtree(work_dir)
+    processes.wait_for_everyone()
+    return log
+
+
+def is_main_process() -> bool:
+    """True but for all processes save one under `accelerate launch`."""
+    return _processes().is_main_process
+
+
+def _processes() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def make_trainer(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[Example],
+    *,
+    work_dir: Path,
+    pad_id: int,
+    steps: int,
+    batch_size: int,
+    gradient_accumulation: int = 1,
+    learning_rate: int | float = 2e-4,
+    warmup_fraction: int | float = 0.1,
+    schedule: str = "cosine",
+    max_grad_norm: int | float = 1.0,
+    packing: bool = False,
+    gradient_checkpointing: bool | None = None,
+    save_every: int = 100,
+    seed: int = 42,
+) -> Trainer:
+    """A Trainer for the examples in the order given; checkpoints go to `work_dir`. Arguments as in `finetune`."""
+    cuda = torch.cuda.is_available()
+    checkpointing = cuda if gradient_checkpointing is None else gradient_checkpointing
     model.config.use_cache = False
     arguments = TrainingArguments(
         output_dir=str(work_dir),
-        max_steps=n_steps,
+        max_steps=steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation,
         learning_rate=learning_rate,
         lr_scheduler_type=SCHEDULES[schedule],
-        warmup_steps=math.ceil(warmup_fraction * n_steps),
+        warmup_steps=math.ceil(warmup_fraction * steps),
         max_grad_norm=max_grad_norm,
         train_sampling_strategy="sequential",
-        logging_steps=min(LOG_EVERY, n_steps),
+        logging_steps=min(LOG_EVERY, steps),
         logging_nan_inf_filter=False,
         save_steps=save_every,
         save_total_limit=1,
         seed=seed,
         use_cpu=not cuda,
         bf16=cuda,
-        activation_checkpointing=cuda,
-        activation_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        **({"optim": "paged_adamw_32bit"} if cuda else {}),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or Trainer would multiply the batch by the number of GPUs
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[examples[row] for row in order],
-        data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
-        callbacks=[_Progress(out_dir.name, frozen_rows, progress)],
-    )
+    collator = pack if packing else partial(collate, pad_id=pad_id)
+    trainer = Trainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collator)
     trainer.remove_callback(PrinterCallback)
-    _discard_other_trainings(out_dir, keep=work_dir)
+    return trainer
+
+
+def train(trainer: Trainer) -> None:
+    """Trains, from the last whole checkpoint if there is one; on a CPU bit for bit the same every time."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic or not cuda)
+    torch.use_deterministic_algorithms(deterministic or not torch.cuda.is_available())
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work_dir))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(trainer.args.output_dir)))
     finally:
         torch.use_deterministic_algorithms(deterministic)
-    model.config.use_cache = True
-    columns = ["step", "loss", "learning_rate"]
-    log = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row], columns=columns)
-    log.attrs = {**counts, "config_hash": config_hash}
-    result = work_dir / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    model.save_pretrained(result)
-    tokenizer.save_pretrained(result)
-    log.to_csv(result / "loss.csv", index=False)
-    _write_json(result / "finetune.json", {**log.attrs, **settings})
-    _move_into_place(result, out_dir)
-    shutil.rmtree(work_dir)
-    return log
+    trainer.model.config.use_cache = True
+
+
+def export_merged(adapter: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
+    """Writes the adapter at `adapter`, merged into its base model, and its tokenizer, as a model of its own.
+
+    Base weights are taken unquantised, also where the adapter was trained over 4-bit ones: the merged model then
+    differs from the trained one by what quantisation had changed.
+    Raises InputError if there is no adapter, or `out_dir` is there already.
+    """
+    out_dir = Path(out_dir).expanduser()
+    if not is_adapter(adapter):
+        raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
+    if out_dir.exists():
+        raise InputError(f"{out_dir}: exists already; choose another folder for the merged model")
+    part = out_dir.with_name(f"{out_dir.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    load_model(adapter, dtype=dtype, device="cpu").merge_and_unload().save_pretrained(part)
+    load_tokenizer(adapter).save_pretrained(part)
+    part.rename(out_dir)
 
 
 _SETTINGS = (
@@ -318,42 +308,6 @@ _SETTINGS = (
     "warmup_fraction", "schedule", "lora_rank", "lora_alpha", "lora_dropout", "max_length", "max_grad_norm",
     "group_by_length", "seed",
 )  # fmt: skip
-
-
-def training_order(
-    lengths: Sequence[int], effective_batch: int, n_rows: int, seed: int, group_by_length: bool = True
-) -> list[int]:
-    """The rows to train on, in order, epoch after epoch: a resumed run sees the same data as an uninterrupted one.
-
-    Grouping sorts by length within 8 batches at a time and shuffles the batches. (Trainer's own "group_by_length"
-    runs from the longest to the shortest of 50 batches, and a resumed run draws another order from its second epoch.)
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order = []
-    while len(order) < n_rows:
-        epoch = torch.randperm(len(lengths), generator=generator).tolist()
-        if group_by_length:
-            pools = _chunks(epoch, effective_batch * BATCHES_GROUPED)
-            batches = _chunks([row for pool in pools for row in sorted(pool, key=lengths.__getitem__)], effective_batch)
-            shuffled = torch.randperm(len(epoch) // effective_batch, generator=generator).tolist()
-            incomplete = batches[len(shuffled) :]
-            epoch = [row for batch in [*(batches[n] for n in shuffled), *incomplete] for row in batch]
-        order += epoch
-    return order[:n_rows]
-
-
-def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Int[Tensor, "batch pos"]]:
-    """Pads on the right to the longest of the batch; padding is told from text by `attention_mask` only."""
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {
-        "input_ids": pad([example.input_ids for example in examples], padding_value=pad_id),
-        "attention_mask": pad([torch.ones_like(example.input_ids) for example in examples]),
-        "labels": pad([example.labels for example in examples], padding_value=IGNORED),
-    }
 
 
 class _Progress(TrainerCallback):

@@ -247,5 +247,5 @@ def _insert_indicator(rendering: Rendering, contents: Contents, mark: str) -> Re
                 raise InputError(f"message {n + 1}: no place for the indicator, its content is not in the rendering")
     ends = [0, *sorted(place + 1 for place in places), len(rendering.text)]
     pieces = (rendering.text[start:stop] for start, stop in itertools.pairwise(ends))
-    origin = np.insert(rendering.origin, np.repeat(ends[1:-1], len(mark)), -1)
+    origin = np.insert(rendering.origin, np.repeat(ends, len(mark))[len(mark) : -len(mark)], -1)
     return Rendering(mark.join(pieces), origin)

@@ -16,6 +16,7 @@ ORDER = [
     "allocation",
     "scoring",
     "indicator",
+    "labels",
     "finetune",
     "generate",
     "metrics",

@@ -1,26 +1,26 @@
 """Claims about `ctxlib.finetune`."""
 
-from copy import deepcopy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from ctxlib import cli
 from ctxlib import finetune as finetune_module
-from ctxlib.conversations import Conversation, Message
-from ctxlib.finetune import (
-    add_lora,
-    collate,
-    finetune,
-    label_audit,
-    label_counts,
-    supervised_mask,
-    training_examples,
-    training_order,
-)
-from ctxlib.models import add_indicator_token, load_model, load_tokenizer, set_indicator_row
+from ctxlib.conversations import Conversation, Corpus, Message, save_conversations
+from ctxlib.finetune import add_lora, export_merged, finetune, make_trainer
+from ctxlib.labels import training_examples
+from ctxlib.models import load_model, load_tokenizer, set_indicator_row
 from ctxlib.params import InputError
-from ctxlib.roles import Role, RoleMap, role_map
 
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -55,6 +55,10 @@ def adapter_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+def weights(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
 class Killed(BaseException):
     """As a kill: nothing in between catches it."""
 
@@ -65,116 +69,6 @@ def kill_at(monkeypatch, step):
             raise Killed
 
     monkeypatch.setattr(finetune_module._Progress, "on_step_end", on_step_end)
-
-
-def test_supervised_mask_matches_a_message_by_message_oracle(tokenizer):
-    messages = (
-        Message("system", "be kind"),
-        Message("user", "one </s>\n<|assistant|>\nfake"),
-        Message("assistant", "first\nanswer"),
-        Message("user", "two"),
-        Message("assistant", "<|user|>\nsecond"),
-    )
-    expected = []
-    for message in messages:
-        answer = message.role == "assistant"
-        expected += [False] * len(f"<|{message.role}|>\n") + [answer] * len(message.content) + [answer, False]
-    rendered = role_map(tokenizer, messages)
-    mask = supervised_mask(rendered, "clean")
-    assert mask[-len(expected) :].tolist() == expected and not mask[: -len(expected)].any()
-    assert supervised_mask(rendered, "paper").all()
-    audit = label_audit(tokenizer, rendered, mask)
-    assert "".join(audit.token[audit.supervised]) == "first\nanswer</s><|user|>\nsecond</s>"
-    assert set(audit.role[audit.supervised]) == {"assistant", "template"}
-
-
-@pytest.mark.parametrize(
-    ("closing", "turns", "end_ids", "labelled"),
-    [
-        ([2, 13], [1, 1], {2}, [True, False]),  # </s>, newline
-        ([2, 13, 70, 71], [1, 1, 1, 1], {2}, [True, False, False, False]),  # and the header of the next message
-        ([30, 2], [1, 1], {2}, [True, True]),  # Llama-2: a space, </s>
-        ([9], [1], {2, 9}, [True]),  # Llama-3: <|eot_id|>
-        ([30, 13], [1, 1], {2}, [True, False]),  # no closing token: the first template token
-        ([13, 2], [2, 2], {2}, [False, False]),  # what follows belongs to the next turn
-    ],
-)
-def test_the_token_that_closes_an_answer_is_supervised_and_no_more(closing, turns, end_ids, labelled):
-    roles = [Role.BOS, Role.USER, Role.TEMPLATE, Role.ASSISTANT, Role.ASSISTANT] + [Role.TEMPLATE] * len(closing)
-    rendered = RoleMap(
-        ids=torch.tensor([1, 50, 51, 60, 61, *closing]),
-        roles=torch.tensor(roles),
-        turns=torch.tensor([0, 1, 1, 1, 1, *turns]),
-    )  # fmt: skip
-    assert supervised_mask(rendered, "clean", end_ids).tolist() == [False] * 3 + [True] * 2 + labelled
-
-
-def test_label_counts_match_counting_by_hand(tokenizer, conversations):
-    tokenizer = deepcopy(tokenizer)
-    indicator_id = add_indicator_token(tokenizer, "[IND]")
-    examples, _ = training_examples(tokenizer, conversations, indicator="[IND]")
-    counts = label_counts(examples, indicator_id).set_index("role")
-    messages = [message for c in conversations for message in c.messages]
-    asked, said = ([len(m.content) for m in messages if m.role == role] for role in ("user", "assistant"))
-    assert counts.loc["user", ["tokens", "supervised"]].tolist() == [sum(asked), 0]
-    assert counts.loc["assistant", ["tokens", "supervised"]].tolist() == [sum(said)] * 2
-    assert counts.loc["template", "supervised"] == len(said)  # the end of every answer
-    assert counts.loc["indicator", ["tokens", "supervised"]].tolist() == [4, 0]
-    assert counts.tokens.sum() == sum(len(example.input_ids) for example in examples)
-    assert "system" not in counts.index
-
-
-def test_long_conversations_end_with_a_whole_answer_or_are_left_out(tokenizer):
-    turns = ("q" * 5, "a" * 5, "q" * 5, "b" * 5, "q" * 5, "c" * 5)
-    whole = [len(role_map(tokenizer, conversation(*turns[:n]).messages)) for n in (2, 4, 6)]
-    for max_length, answers in ((whole[2], "abc"), (whole[2] - 1, "ab"), (whole[1] - 1, "a")):
-        (example,), counts = training_examples(tokenizer, [conversation(*turns)], max_length=max_length)
-        labels = tokenizer.decode(example.labels[example.labels >= 0])
-        assert labels == "".join(letter * 5 + "</s>" for letter in answers)
-        assert len(example.input_ids) == whole[len(answers) - 1]
-        assert counts["truncated"] == (answers != "abc") and counts["used"] == 1
-    with pytest.raises(InputError, match="1 are longer than max_length"):
-        training_examples(tokenizer, [conversation(*turns)], max_length=whole[0] - 1)
-    (example,), _ = training_examples(tokenizer, [conversation(*turns)], max_length=20, reading="paper")
-    assert len(example.input_ids) == 20 and torch.equal(example.labels, example.input_ids)
-
-
-def test_data_without_a_label_is_an_error(tokenizer):
-    with pytest.raises(InputError, match="1 have no supervised token"):
-        training_examples(tokenizer, [conversation("only a question")])
-    _, counts = training_examples(tokenizer, [conversation("only a question"), conversation("q", "a")])
-    assert counts == {"used": 1, "truncated": 0, "too_long": 0, "unlabelled": 1}
-
-
-def test_padding_carries_neither_attention_nor_labels(tokenizer):
-    examples, _ = training_examples(tokenizer, [conversation("q", "a"), conversation("q", "a longer answer")])
-    batch = collate(examples, pad_id=0)
-    short = len(examples[0].input_ids)
-    assert batch["input_ids"].shape == (2, len(examples[1].input_ids))
-    assert torch.equal(batch["input_ids"][0, :short], examples[0].input_ids)
-    assert batch["attention_mask"][0].tolist() == [1] * short + [0] * (batch["labels"].shape[1] - short)
-    assert (batch["labels"][0, short:] == -100).all()
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-def test_every_epoch_sees_every_row_once(grouped):
-    lengths = [(7 * n) % 50 for n in range(101)]
-    order = training_order(lengths, 4, 250, seed=1, group_by_length=grouped)
-    assert sorted(order[:101]) == sorted(order[101:202]) == list(range(101))
-    assert order[:101] != order[101:202] and len(set(order[202:])) == 48
-    assert order == training_order(lengths, 4, 250, seed=1, group_by_length=grouped)
-
-
-def test_grouped_batches_waste_less_padding():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 200, (512,), generator=generator).tolist()
-
-    def padding(grouped):
-        order = training_order(lengths, 8, 512, 0, group_by_length=grouped)
-        batches = [[lengths[row] for row in order[start : start + 8]] for start in range(0, 512, 8)]
-        return sum(8 * max(batch) - sum(batch) for batch in batches)
-
-    assert padding(True) < padding(False) / 3
 
 
 def test_fresh_adapter_leaves_logits_unchanged(model_folder, tokenizer):
@@ -337,7 +231,7 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         ({"tokenizer": bare}, "no chat template"),
         ({"tokenizer": wider}, "beyond the model's vocabulary"),
         ({"conversations": []}, "no conversation to train on"),
-        ({"conversations": [conversation("only a question")]}, "no supervised token"),
+        ({"conversations": [conversation("only a question")]}, r"no supervised token \(give assistant messages"),
         ({"indicator": "A"}, "in the vocabulary"),
         ({"method": "dora"}, "expected one of full, lora, qlora"),
         ({"reading": "free"}, "expected one of clean, paper"),
@@ -352,3 +246,141 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         with pytest.raises(InputError, match=message):
             finetune(**arguments)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_checkpointing_and_packing_change_nothing_but_the_rounding(model_folder, tokenizer, conversations, tmp_path):
+    settings = QUICK | {"method": "full", "steps": 5, "learning_rate": 1e-3}
+    logs, tensors = [], []
+    for name, option in (("plain", {}), ("frugal", {"gradient_checkpointing": True}), ("packed", {"packing": True})):
+        logs.append(finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / name, **settings, **option))
+        tensors.append(weights(tmp_path / name))
+    (plain, frugal, packed), (log, _, packed_log) = tensors, logs
+    assert all(torch.equal(plain[name], frugal[name]) for name in plain)
+    assert log.attrs["config_hash"] == logs[1].attrs["config_hash"] != packed_log.attrs["config_hash"]
+    assert packed_log.loss.item() == pytest.approx(log.loss.item(), rel=1e-4)
+    for name in plain:  # Adam divides small gradients by themselves, rounding and all: a step is at most 1e-3
+        assert (packed[name] - plain[name]).abs().max() < 1e-3
+
+
+def test_a_model_that_mixes_packed_conversations_is_refused(
+    model_folder, tokenizer, conversations, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finetune_module, "packs_exactly", lambda *args, **kwargs: False)
+    with pytest.raises(InputError, match="packing: false"):
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", packing=True, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_export_computes_what_the_adapter_does(model, tokenizer, conversations, tmp_path, tied):
+    model.config.tie_word_embeddings = tied
+    base = type(model)(model.config)
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    finetune(tmp_path / "model", tokenizer, conversations, out_dir=tmp_path / "out", indicator="[IND]", **QUICK)
+    export_merged(tmp_path / "out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[1, 40, 41, len(tokenizer), 43, 44]])  # with the indicator
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(base(ids[:, :3]).logits, expected[:, :3, : len(tokenizer)], atol=0.1)
+    assert load_tokenizer(tmp_path / "merged").convert_tokens_to_ids("[IND]") == len(tokenizer)
+    for adapter, out, message in (("out", "merged", "exists already"), ("model", "other", "no adapter there")):
+        with pytest.raises(InputError, match=message):
+            export_merged(tmp_path / adapter, tmp_path / out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "model", "out"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_with_cuda_the_optimiser_is_paged_and_the_arithmetic_bfloat16(model, tokenizer, conversations, tmp_path):
+    examples, _ = training_examples(tokenizer, conversations)
+    arguments = make_trainer(model.cuda(), examples, work_dir=tmp_path, pad_id=0, steps=1, batch_size=2).args
+    assert arguments.optim == "paged_adamw_32bit" and arguments.bf16 and arguments.activation_checkpointing
+
+
+@pytest.fixture
+def command(model_folder, conversations, tmp_path):
+    """The command line `ctxlib finetune` on the tiny model and its conversations, without python in front."""
+    nothing = pd.DataFrame({"reason": [], "n": []})
+    save_conversations(Corpus(tuple(conversations), nothing, "test"), tmp_path / "marked.jsonl")
+    named = {"model": model_folder, "data": tmp_path / "marked.jsonl", "indicator": "[IND]", "learning_rate": 0.01}
+    arguments = [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["-m", "ctxlib.cli", "finetune", *arguments]
+
+
+def start(*arguments):
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, **pipe)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_killed_without_warning_and_started_again_it_ends_with_the_same_weights(
+    model_folder, tokenizer, conversations, tmp_path, command, method
+):
+    settings = {"steps": 150, "batch_size": 3, "learning_rate": 1e-2, "save_every": 5, "indicator": "[IND]"}
+    settings |= {"method": method, "progress": False}
+    options = ["--steps", 150, "--batch-size", 3, "--gradient-accumulation", 1, "--save-every", 5, "--method", method]
+    process = start(*command, *options, "--out", tmp_path / "killed")
+    while not list(tmp_path.glob("killed.training-*/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "killed", **settings)
+    whole = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "whole", **settings)
+    assert log.equals(whole) and len(log) == 15
+    resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(model_folder, tokenizer, conversations, tmp_path, command):
+    # what `accelerate launch` starts on several GPUs; on a CPU it would need MPI
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    options = ["--steps", 6, "--batch-size", 2, "--gradient-accumulation", 1, "--lora-dropout", 0]
+    process = start(*launcher, *command, *options, "--out", tmp_path / "two")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("7 used, 0 truncated") == said.count("written to") == 1  # only one of the two speaks
+    assert '"processes": 2' in (tmp_path / "two" / "finetune.json").read_text()
+    settings = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "lora_dropout": 0.0, "indicator": "[IND]"}
+    log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "one", progress=False, **settings)
+    assert pd.read_csv(tmp_path / "two" / "loss.csv").loss.item() == pytest.approx(log.loss.item(), rel=1e-4)
+    one, two = (logits(load_model(tmp_path / name, device="cpu")) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=0.01)
+    assert (one[..., : len(tokenizer)] - logits(load_model(model_folder, device="cpu"))).abs().max() > 0.2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["marked.jsonl", "model", "one", "two"]
+
+
+def run_here(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ctxlib", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    return exit.value.code or 0, *capsys.readouterr()
+
+
+def test_the_command_shows_the_labels_trains_and_merges(command, tmp_path, monkeypatch, capsys):
+    arguments = [*command[2:], "--steps", 10, "--out", tmp_path / "out", "--merged", tmp_path / "merged"]
+    status, said, _ = run_here(monkeypatch, capsys, *arguments)
+    assert status == 0 and "7 conversations, 4 marked user messages" in said
+    assert "[IND]</s>\n<|assistant|>\n‹It is 0.</s>›" in said and "nats per supervised token" in said
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(logits(load_model(tmp_path / "merged", device="cpu")), expected, rtol=0, atol=1e-3)
+
+
+def test_the_command_refuses_what_could_not_be_meant(command, model_folder, tokenizer, tmp_path, monkeypatch, capsys):
+    nothing = pd.DataFrame({"reason": [], "n": []})
+    save_conversations(Corpus((conversation("why", "so"),), nothing, "test"), tmp_path / "plain.jsonl")
+    for more, message in (
+        (["--data", tmp_path / "plain.jsonl"], "no user message is marked"),
+        (["--method", "full", "--merged", tmp_path / "merged"], "full makes no adapter"),
+        (["--merged", model_folder], "choose another"),
+        (["--indicator", "A"], "take the base model's own tokenizer, or another indicator"),
+    ):
+        status, _, complaint = run_here(monkeypatch, capsys, *command[2:], "--out", tmp_path / "out", *more)
+        assert status == 2 and message in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
