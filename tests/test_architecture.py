@@ -28,6 +28,7 @@ ORDER = [
     "score_folder",
     "experiment",
     "doctor",
+    "plan",
     "run",
     "cli",
 ]
