@@ -200,8 +200,8 @@ def prompts(
     return [question_prompt(loaded_tokenizer, question, template, indicator, use_prefix) for question in questions]
 
 
-def spread(questions: Sequence[Question], n: int) -> list[Question]:
-    """About `n` of the questions, evenly spread, so that every kind, length and depth stays in its proportion."""
+def spread(questions: Sequence[Any], n: int) -> list[Any]:
+    """About `n` of the questions (or of anything), evenly spread: every kind, length and depth keeps its proportion."""
     stride = max(1, len(questions) / n)
     return [questions[int(i * stride)] for i in range(min(n, len(questions)))]
 

@@ -151,7 +151,7 @@ def _again(plan: Plan, footprint: Footprint, params: Params) -> Footprint:
     raise AssertionError(footprint.what)
 
 
-def hours(plan: Plan, step: Step) -> dict[str, float]:
+def hours(plan: Plan, step: Step) -> dict[str, int | float]:
     """Estimated hours of a step by GPU."""
     params, pretrained = plan.params, plan.models["pretrained"].network
     source = plan.models.get(step.model)
@@ -312,21 +312,21 @@ def _gib_parts(footprint: Footprint) -> list[str]:
     return [_gib(footprint.parts[part]) if footprint.parts.get(part) else "" for part in PARTS]
 
 
-def _gib(size: float) -> str:
+def _gib(size: int | float) -> str:
     return f"{size / GIB:.1f}" if size > GIB / 10 else f"{size / GIB:.3f}"
 
 
-def _size(size: float) -> str:
+def _size(size: int | float) -> str:
     return f"{size / 1e9:,.2f} GB" if size > 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     if value != value:
         return "not known"
     return f"{value / 1e6:,.1f} M" if value >= 1e7 else f"{value:,.0f}"
 
 
-def _duration(value: float) -> str:
+def _duration(value: int | float) -> str:
     if value != value:
         return "?"
     return f"{value:,.1f} h" if value >= 0.95 else f"{60 * value:.0f} min" if value >= 1 / 60 else "< 1 min"

@@ -18,9 +18,9 @@ class Gpu:
 
     name: str
     memory: int
-    bfloat16: float
-    float32: float
-    bandwidth: float
+    bfloat16: int | float
+    float32: int | float
+    bandwidth: int | float
 
     @property
     def usable(self) -> float:
@@ -46,7 +46,9 @@ ASSUMPTIONS = (
 )
 
 
-def seconds(step: Step, network: Network, gpu: Gpu, *, weights: int, batch_size: int, dtype: str, full: bool) -> float:
+def seconds(
+    step: Step, network: Network, gpu: Gpu, *, weights: int, batch_size: int, dtype: str, full: bool
+) -> int | float:
     """How long a step takes; nan where its size is not known.
 
     Training recomputes the forward pass and computes the gradients of activations, and under full fine-tuning those of

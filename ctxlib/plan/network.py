@@ -103,7 +103,7 @@ class Network:
         """Bytes of the keys and values of so many tokens."""
         return tokens * self.layers * 2 * self.kv_width * BYTES[dtype]
 
-    def forward_operations(self, tokens: float, context: float, logits: float) -> float:
+    def forward_operations(self, tokens: int | float, context: int | float, logits: int | float) -> int | float:
         """Floating-point operations of a forward pass over `tokens`, in stretches of `context`, `logits` of them read.
 
         Two for every weight and token, and those of causal attention: 2 × layers × width of all heads × context.
@@ -154,12 +154,13 @@ def training_memory(
 ) -> dict[str, int]:
     """Bytes on a GPU at the peak of a training step, by part, for the longest batch.
 
-    Exact: `weights` (bfloat16, NF4 under QLoRA, float32 under full fine-tuning), `adapter` (float32, with a row for
-    the indicator in either embedding), `gradients` and `optimiser` (float32, Adam's two moments).
+    Exact: `weights` (bfloat16, NF4 under QLoRA, float32 under full fine-tuning), `adapter` (float32; the indicator's
+    rows, one in either embedding, bfloat16), `gradients` and `optimiser` (Adam's two moments) in the dtype of what is
+    trained.
 
     Estimated, with the layers' activations recomputed in the backward pass, as `finetune` has it: `activations` are
-    the inputs of all layers, then all that one layer keeps (norms in float32, projections in bfloat16; under LoRA for
-    each of its inputs a float32 copy, its dropout and a bfloat16 copy), and copies of the weights (under full
+    the inputs of all layers; all that one layer keeps (norms in float32, projections and a copy of each linear layer's
+    input in bfloat16, LoRA's dropout masks); the gradients that pass through it; and copies of the weights (under full
     fine-tuning autocast's bfloat16 ones; under LoRA the embeddings, into which the indicator's row is put, with one
     gradient). `logits`: 14 bytes each, of which 2 in bfloat16, and float32 to compute the loss, to return, and for the
     log-softmax.
@@ -167,22 +168,21 @@ def training_memory(
     tokens, full = batch_size * length, method == "full"
     rows = network.embeddings * network.width  # the indicator's
     weights = network.weights("float32" if full else "bfloat16", "nf4" if method == "qlora" else None)
-    adapter = 0 if full else network.lora_parameters(rank) + rows
-    trained = network.parameters + rows if full else network.lora_parameters(rank) + network.width
+    adapter = 0 if full else 4 * network.lora_parameters(rank) + 2 * rows
+    trained = 4 * (network.parameters + rows) if full else 4 * network.lora_parameters(rank) + 2 * network.width
     width, intermediate = network.width, network.intermediate
     stream = 4 if full else 2
+    inputs = sum(size for name, size, _ in network.linears if name in LORA_TARGETS) / network.layers
     kept = 2 * 4 * 2 * width + 2 * (3 * network.attention_width + 4 * network.kv_width + width + 4 * intermediate)
-    kept += 2 * (2 * intermediate + 2 * width)  # gradients on their way through
-    if not full:
-        inputs = sum(size for name, size, _ in network.linears if name in LORA_TARGETS) / network.layers
-        kept += inputs * (11 if dropout else 6)
+    kept += inputs * (3 if dropout and not full else 2)
+    passing = 2 * (2 * intermediate + 2 * width)
     copies = 2 * network.multiplied if full else (network.embeddings + 1) * 2 * network.vocabulary * width
     return {
         "weights": weights + rows * (4 if full else 2),
-        "adapter": 4 * adapter,
-        "gradients": 4 * trained,
-        "optimiser": 8 * trained,
-        "activations": int(tokens * (stream * network.layers * width + kept)) + copies,
+        "adapter": adapter,
+        "gradients": trained,
+        "optimiser": 2 * trained,
+        "activations": int(tokens * (stream * network.layers * width + kept + passing)) + copies,
         "logits": 14 * tokens * network.vocabulary,
     }
 

@@ -32,12 +32,12 @@ class Step:
     what: str
     model: str
     kind: str  # answer, read, score, train
-    rows: float
-    length: float  # mean, in tokens
+    rows: int | float
+    length: int | float  # mean, in tokens
     new_tokens: int = 0
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> int | float:
         return self.rows * self.length
 
 
@@ -45,9 +45,9 @@ class Step:
 class Texts:
     """How many texts there are, their mean and greatest length in tokens, and where that is known from."""
 
-    n: float
-    length: float
-    longest: float
+    n: int | float
+    length: int | float
+    longest: int | float
     source: str
     max_new_tokens: int = 0
 
@@ -88,7 +88,9 @@ class _Plan:
         ]
         return _merged([step for step in found if step.rows])
 
-    def _ask(self, notebook: str, model: str, families: tuple[str, ...], alpha: float | None = None, **how) -> Step:
+    def _ask(
+        self, notebook: str, model: str, families: tuple[str, ...], alpha: int | float | None = None, **how
+    ) -> Step:
         """Answers to the questions of some families that this model was not asked in this way before."""
         rows, tokens, new_tokens = 0.0, 0.0, 0.0
         for family in families:
