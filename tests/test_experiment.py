@@ -69,12 +69,17 @@ def test_a_model_of_the_miniature_is_found_by_its_name_and_any_other_name_is_lef
         experiment.model_path(ours, "instruct")
 
 
-def test_every_model_is_loaded_at_its_own_revision(monkeypatch):
+def test_every_model_is_loaded_at_its_own_revision(monkeypatch, model):
     revisions = {"models.revision": "a", "models.instruct_revision": "b", "models.seed_model_revision": None}
     hub = {f"models.{which}": f"owner/{which}" for which in ("pretrained", "instruct", "seed_model")}
     params = load_params(SMOKE, hub | revisions)
     loaded = {}
-    monkeypatch.setattr(experiment.models, "load_model", lambda path, **how: loaded.update({path: how["revision"]}))
+
+    def load_model(path, *, revision, **how):
+        loaded[path] = revision
+        return model
+
+    monkeypatch.setattr(experiment.models, "load_model", load_model)
     for which in ("pretrained", "instruct", "seed_model"):
         experiment.model(params, which)
     assert loaded == {"owner/pretrained": "a", "owner/instruct": "b", "owner/seed_model": None}

@@ -154,9 +154,8 @@ def training_memory(
 ) -> dict[str, int]:
     """Bytes on a GPU at the peak of a training step, by part, for the longest batch.
 
-    Exact: `weights` (bfloat16, NF4 under QLoRA, float32 under full fine-tuning), `adapter` (float32; the indicator's
-    rows, one in either embedding, bfloat16), `gradients` and `optimiser` (Adam's two moments) in the dtype of what is
-    trained.
+    Exact: `weights` (bfloat16, NF4 under QLoRA, float32 under full fine-tuning), `adapter` (float32, with a row for
+    the indicator in either embedding), `gradients` and `optimiser` (float32, Adam's two moments).
 
     Estimated, with the layers' activations recomputed in the backward pass, as `finetune` has it: `activations` are
     the inputs of all layers; all that one layer keeps (norms in float32, projections and a copy of each linear layer's
@@ -168,20 +167,20 @@ def training_memory(
     tokens, full = batch_size * length, method == "full"
     rows = network.embeddings * network.width  # the indicator's
     weights = network.weights("float32" if full else "bfloat16", "nf4" if method == "qlora" else None)
-    adapter = 0 if full else 4 * network.lora_parameters(rank) + 2 * rows
-    trained = 4 * (network.parameters + rows) if full else 4 * network.lora_parameters(rank) + 2 * network.width
+    adapter = 0 if full else network.lora_parameters(rank) + rows
+    trained = network.parameters + rows if full else network.lora_parameters(rank) + network.width
     width, intermediate = network.width, network.intermediate
     stream = 4 if full else 2
     inputs = sum(size for name, size, _ in network.linears if name in LORA_TARGETS) / network.layers
-    kept = 2 * 4 * 2 * width + 2 * (3 * network.attention_width + 4 * network.kv_width + width + 4 * intermediate)
+    kept = 16 * width + 2 * (2 * network.attention_width + 2 * network.kv_width + 3 * intermediate)
     kept += inputs * (3 if dropout and not full else 2)
     passing = 2 * (2 * intermediate + 2 * width)
     copies = 2 * network.multiplied if full else (network.embeddings + 1) * 2 * network.vocabulary * width
     return {
         "weights": weights + rows * (4 if full else 2),
-        "adapter": adapter,
-        "gradients": trained,
-        "optimiser": 2 * trained,
+        "adapter": 4 * adapter,
+        "gradients": 4 * trained,
+        "optimiser": 8 * trained,
         "activations": int(tokens * (stream * network.layers * width + kept + passing)) + copies,
         "logits": 14 * tokens * network.vocabulary,
     }
