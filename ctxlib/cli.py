@@ -61,6 +61,21 @@ def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) 
 
 
 @app.command()
+def plan(
+    params: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")] = DEFAULT_PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """What an experiment would take, before anything runs: steps, downloads, GPU memory, time, and what would not fit.
+
+    Nothing is downloaded and no weight is loaded.
+    """
+    from ctxlib.plan import make_plan, show
+
+    for line in show(make_plan(load_params(params, _parse(overrides)))):
+        print(line)
+
+
+@app.command()
 def doctor(
     model: Annotated[str, typer.Argument(help="A folder with safetensors, a hub id, or miniature:instruct.")],
     layer: Annotated[

@@ -112,13 +112,14 @@ def load_conversations(
     remove_refusals: bool = False,
     limit: int | None = None,
     split: str = "train",
+    revision: str | None = None,
 ) -> Corpus:
     """Conversations of a .json, .jsonl or .parquet file, of a folder of such files, or of a hub's dataset `owner/name`.
 
     Formats, told by the keys of the first good row unless forced by `format`: `sharegpt` (conversations: from, value),
     `messages` (messages: role, content; also what `save_conversations` writes) and `instruction` (instruction, input,
     output; instruction and input are joined by an empty line). A row without an id is named by its number, from 1. Of
-    a folder the files are read in the order of their names; of a hub's dataset, the `split`.
+    a folder the files are read in the order of their names; of a hub's dataset, the `split` at the `revision`.
 
     A row is bad if a line is no JSON, a key is missing, a text is not a string or not valid Unicode, a role is unknown,
     a turn is empty, it starts with the assistant, has no user turn, has the same role twice in a row or a system text
@@ -139,7 +140,7 @@ def load_conversations(
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got '{format}'")
     conversations, dropped, listed = {}, Counter(), []
     n_rows, bad_rows = 0, []
-    for n_rows, (place, row) in enumerate(_rows(source, split), start=1):
+    for n_rows, (place, row) in enumerate(_rows(source, split, revision), start=1):
         try:
             if isinstance(row, _BadRow):
                 raise row
@@ -247,10 +248,10 @@ class _BadRow(Exception):
         return f"{place}, {self.key}: {self.reason}" if self.key else f"{place}: {self.reason}"
 
 
-def _rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
+def _rows(source: str | Path, split: str, revision: str | None) -> Iterator[tuple[str, object]]:
     """Each row, or the `_BadRow` that it is, with the words that name its place."""
     if is_hub_dataset(source):
-        yield from hub_rows(str(source), split, "or name a local .json, .jsonl or .parquet file")
+        yield from hub_rows(str(source), split, "or name a local .json, .jsonl or .parquet file", revision)
         return
     files = data_files(source)
     for path in files:
@@ -265,7 +266,7 @@ def _rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
             raise InputError(f"{path}: not readable: {error}") from error
 
 
-def hub_rows(name: str, split: str, remedy: str) -> Iterator[tuple[str, object]]:
+def hub_rows(name: str, split: str, remedy: str, revision: str | None = None) -> Iterator[tuple[str, object]]:
     """Each row of a hub's dataset `owner/name`, with the words that name its place.
 
     Of a dataset that is a loading script, which is never run, the rows come from the hub's own conversion to Parquet.
@@ -275,7 +276,7 @@ def hub_rows(name: str, split: str, remedy: str) -> Iterator[tuple[str, object]]
 
     try:
         try:
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(name, split=split, revision=revision)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise

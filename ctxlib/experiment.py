@@ -20,7 +20,7 @@ from ctxlib.instructions import word_questions
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.town import Town
-from ctxlib.params import FirstResponseToken, InputError, Params, load_params
+from ctxlib.params import FirstResponseToken, InputError, Params, is_hub_id, load_params
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
 
 EMBEDDED = "miniature"
@@ -49,14 +49,15 @@ def model_path(params: Params, which: str) -> str:
 def tokenizer(params: Params, which: str = "pretrained") -> PreTrainedTokenizerBase:
     """The model's tokenizer with the experiment's chat template; InputError where there is none."""
     template = params.path(params.models.chat_template) if params.models.chat_template else None
-    loaded = models.load_tokenizer(model_path(params, which), chat_template=template, revision=params.models.revision)
+    revision = params.models.revision_of(which)
+    loaded = models.load_tokenizer(model_path(params, which), chat_template=template, revision=revision)
     models.require_chat_template(loaded)
     return loaded
 
 
 def model_key(params: Params, which: str) -> str:
     """The name of that model's answers in the cache: a hash of its files, so that a retrained model answers anew."""
-    return models.model_hash(model_path(params, which), revision=params.models.revision)
+    return models.model_hash(model_path(params, which), revision=params.models.revision_of(which))
 
 
 def model(params: Params, which: str, adapter: Path | None = None) -> PreTrainedModel:
@@ -66,7 +67,7 @@ def model(params: Params, which: str, adapter: Path | None = None) -> PreTrained
         quantisation=params.models.quantisation,
         attention=params.models.attention,
         adapter=adapter,
-        revision=params.models.revision,
+        revision=params.models.revision_of(which),
     )
 
 
@@ -91,8 +92,13 @@ def conversations(params: Params) -> Corpus:
     if section.source == EMBEDDED:
         made = texts.chat_dataset(Town(), section.n or 1000, params.miniature.shares, params.seed)
         return Corpus(tuple(made), pd.DataFrame({"reason": [], "n": []}), EMBEDDED)
+    on_hub = is_hub_id(section.source) and not params.path(section.source).exists()
     corpus = load_conversations(
-        params.path(section.source), on_bad_row=section.on_bad_row, remove_refusals=section.remove_refusals
+        section.source if on_hub else params.path(section.source),
+        split=section.split,
+        revision=section.revision,
+        on_bad_row=section.on_bad_row,
+        remove_refusals=section.remove_refusals,
     )
     return replace(corpus, conversations=corpus.conversations[: section.n])
 
@@ -198,8 +204,8 @@ def prompts(
     return [question_prompt(loaded_tokenizer, question, template, indicator, use_prefix) for question in questions]
 
 
-def spread(questions: Sequence[Question], n: int) -> list[Question]:
-    """About `n` of the questions, evenly spread, so that every kind, length and depth stays in its proportion."""
+def spread(questions: Sequence[Any], n: int) -> list[Any]:
+    """About `n` of the questions (or of anything), evenly spread: every kind, length and depth keeps its proportion."""
     stride = max(1, len(questions) / n)
     return [questions[int(i * stride)] for i in range(min(n, len(questions)))]
 

@@ -100,7 +100,8 @@ def load_model(
 
     Parameters
     ----------
-    path: model folder or hub id; the folder of an adapter stands for its base model together with the adapter.
+    path: model folder or hub id; the folder of an adapter stands for its base model together with the adapter, and
+        for the revision that it was trained on unless another is given.
     quantisation: "nf4" for 4-bit NormalFloat weights with double quantisation (Dettmers et al. 2023), or None.
     adapter: folder of a peft adapter. Where its tokenizer knows more tokens than the base has embeddings (the
         indicator's), the new rows are the mean of the old ones before the adapter is laid over them.
@@ -115,6 +116,7 @@ def load_model(
         raise InputError(f"quantisation '{quantisation}': expected 'nf4' or null")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if adapter is None and is_adapter(path):
+        revision = revision or _base_of(path)[1]
         path, adapter = adapter_base(path), path
     _check_model_files(path)
     if adapter is not None and is_local(adapter) and not is_adapter(adapter):
@@ -275,9 +277,15 @@ def is_adapter(path: str | Path) -> bool:
 
 def adapter_base(path: str | Path) -> str:
     """Name or folder of the model that an adapter was trained on."""
-    file = Path(path).expanduser() / "adapter_config.json"
+    return _base_of(path)[0]
+
+
+def _base_of(adapter: str | Path) -> tuple[str, str | None]:
+    """The model that an adapter was trained on, and its revision."""
+    file = Path(adapter).expanduser() / "adapter_config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config["base_model_name_or_path"], config.get("revision")
     except (ValueError, KeyError) as error:
         raise InputError(f"{file}: not the configuration of an adapter: {_first_line(error)}") from error
 

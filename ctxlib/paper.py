@@ -20,3 +20,13 @@ def table_10() -> pd.DataFrame:
     }
     rows = [(dataset, threshold, value) for dataset, row in fractions.items() for threshold, value in row.items()]
     return pd.DataFrame(rows, columns=["dataset", "threshold", "fraction"])
+
+
+def table_2() -> pd.DataFrame:
+    """The datasets: dataset, tokens_per_conversation (mean, TinyLlama's tokenizer), conversations, instructions."""
+    rows = [
+        ("ShareGPT", 1567.68, 93_645, 331_722),
+        ("UltraChat-200K", 1437.33, 207_865, 657_794),
+        ("WizardLM-70K", 484.00, 57_523, 57_523),
+    ]
+    return pd.DataFrame(rows, columns=["dataset", "tokens_per_conversation", "conversations", "instructions"])

@@ -31,6 +31,7 @@ Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
 Reading = Literal["clean", "paper"]
 FirstResponseToken = Literal["last_input", "forced_prefix"]
+MODEL_ROLES = ("pretrained", "instruct", "seed_model")
 
 
 class Section(BaseModel):
@@ -41,7 +42,9 @@ class Models(Section):
     pretrained: str
     instruct: str
     seed_model: str
-    revision: str | None
+    revision: str | None  # of `pretrained`
+    instruct_revision: str | None
+    seed_model_revision: str | None
     chat_template: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     quantisation: Literal["nf4"] | None
@@ -49,9 +52,15 @@ class Models(Section):
     batch_size: Count
     indicator: Annotated[str, Field(min_length=1)]
 
+    def revision_of(self, which: str) -> str | None:
+        """The commit, tag or branch of `pretrained`, `instruct` or `seed_model`; None: the newest."""
+        return self.revision if which == "pretrained" else getattr(self, f"{which}_revision")
+
 
 class Conversations(Section):
     source: str
+    split: str
+    revision: str | None
     n: Count | None
     max_length: Count
     on_bad_row: Literal["error", "drop"]
@@ -59,11 +68,11 @@ class Conversations(Section):
 
 
 class Miniature(Section):
-    shares: dict[str, Fraction]
+    shares: dict[str, Fraction] | None
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> "Miniature":
-        total = sum(self.shares.values())
+        total = 1 if self.shares is None else sum(self.shares.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(f"shares must sum to 1, they sum to {total:g}")
         return self
@@ -175,6 +184,12 @@ class Params(Section):
     _file: str = PrivateAttr("params")
     _root: Path = PrivateAttr(Path())
 
+    @model_validator(mode="after")
+    def _miniature_needs_its_shares(self) -> "Params":
+        if self.conversations.source == "miniature" and self.miniature.shares is None:
+            raise ValueError("conversations.source 'miniature' needs miniature.shares, copy them from miniature.yaml")
+        return self
+
     @property
     def file(self) -> str:
         """The file they came from, for messages."""
@@ -199,24 +214,44 @@ class Params(Section):
         """A path named in the file: absolute, or relative to the folder from which the file was found."""
         return self._root / Path(name).expanduser()
 
-    def check_inputs(self) -> None:
-        """Raises InputError for the first file or folder that is named and is not there.
+    def missing_inputs(self) -> dict[str, str]:
+        """Keys that name a file or folder which is not there, with the name.
 
-        A model named `owner/name` may lie on a hub, so that only loading it can tell.
+        A model or dataset named `owner/name` may lie on a hub, so that only loading it can tell.
         """
-        named = {
-            "conversations.source": self.conversations.source,
+        files = {
             "needle.haystack": self.needle.haystack,
             "qa.source": self.qa.source,
             "models.chat_template": self.models.chat_template,
         }
-        for role in ("pretrained", "instruct", "seed_model"):
-            name = getattr(self.models, role)
-            if name.startswith((".", "/", "~")) or name.count("/") != 1:
-                named[f"models.{role}"] = name
-        for key, name in named.items():
-            if name is not None and name.split(":")[0] != "miniature" and not self.path(name).exists():
-                raise InputError(f"{self.file}: {key}: no file or folder '{name}'; correct the path")
+        hub = {"conversations.source": self.conversations.source}
+        hub |= {f"models.{role}": getattr(self.models, role) for role in MODEL_ROLES}
+        named = {key: name for key, name in hub.items() if not is_hub_id(name)} | files
+        return {
+            key: name
+            for key, name in named.items()
+            if name is not None and name.split(":")[0] != "miniature" and not self.path(name).exists()
+        }
+
+    def check_inputs(self) -> None:
+        """Raises InputError for the first file or folder that is named and is not there."""
+        for key, name in self.missing_inputs().items():
+            raise InputError(f"{self.file}: {key}: no file or folder '{name}'; {self.remedy(key)}")
+
+    def remedy(self, key: str) -> str:
+        """What to do about a missing input."""
+        role = key.removeprefix("models.")
+        trained = self.output_dir / "work" / "models"
+        if role in MODEL_ROLES and trained in self.path(getattr(self.models, role)).parents:
+            return f"it is trained here: first run 02 and 03 by themselves, with --set {key}={self.models.pretrained}"
+        supplied = {"needle.haystack": "put a folder of .txt there", "qa.source": "put a file in SQuAD's format there"}
+        return f"{supplied[key]}, or correct the path" if key in supplied else "correct the path"
+
+
+def is_hub_id(name: str) -> bool:
+    """True for what looks like a hub's `owner/name`: one slash, no path, no data file."""
+    is_path = name.startswith((".", "/", "~")) or name.endswith(("/", ".json", ".jsonl", ".ndjson", ".parquet"))
+    return name.count("/") == 1 and not is_path
 
 
 def load_params(params_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Params:

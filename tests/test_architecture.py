@@ -30,6 +30,7 @@ ORDER = [
     "mt_bench",
     "experiment",
     "doctor",
+    "plan",
     "run",
     "cli",
 ]

@@ -186,7 +186,7 @@ def test_a_limit_looks_no_further_than_it_must(tmp_path):
 def test_a_dataset_of_the_hub_passes_the_same_checks(tmp_path, monkeypatch):
     asked, rows = [], [GOOD | {"id": "first"}, sharegpt(("human", "a"), ("bot", "b"), id="x"), GOOD | {"id": "last"}]
 
-    def load_dataset(name, split):
+    def load_dataset(name, split, revision):
         asked.append((name, split))
         return datasets.Dataset.from_list(rows)
 

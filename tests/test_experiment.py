@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 
 from ctxlib import experiment
@@ -66,3 +67,34 @@ def test_a_model_of_the_miniature_is_found_by_its_name_and_any_other_name_is_lef
             model_source(wrong)
     with pytest.raises(InputError, match=r"miniature:nobody: .* it has miniature:instruct and miniature:pretrained"):
         experiment.model_path(ours, "instruct")
+
+
+def test_every_model_is_loaded_at_its_own_revision(monkeypatch, model):
+    revisions = {"models.revision": "a", "models.instruct_revision": "b", "models.seed_model_revision": None}
+    hub = {f"models.{which}": f"owner/{which}" for which in ("pretrained", "instruct", "seed_model")}
+    params = load_params(SMOKE, hub | revisions)
+    loaded = {}
+
+    def load_model(path, *, revision, **how):
+        loaded[path] = revision
+        return model
+
+    monkeypatch.setattr(experiment.models, "load_model", load_model)
+    for which in ("pretrained", "instruct", "seed_model"):
+        experiment.model(params, which)
+    assert loaded == {"owner/pretrained": "a", "owner/instruct": "b", "owner/seed_model": None}
+    keys = {experiment.model_key(params, which) for which in ("pretrained", "instruct", "seed_model")}
+    assert len(keys) == 3
+
+
+def test_data_of_the_hub_are_read_at_their_split_and_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(name, **how):
+        asked.append((name, how))
+        return datasets.Dataset.from_list([{"id": "a", "conversations": [{"from": "human", "value": "hello"}]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    changes = {"conversations.source": "owner/data", "conversations.split": "s", "conversations.revision": "r"}
+    assert len(experiment.conversations(load_params(SMOKE, changes))) == 1
+    assert asked == [("owner/data", {"split": "s", "revision": "r"})]

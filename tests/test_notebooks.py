@@ -13,6 +13,9 @@ import nbformat
 import pandas as pd
 import pytest
 
+from ctxlib.params import load_params
+from ctxlib.plan import make_plan
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS = 'params_file = "params/miniature.yaml"\noverrides = {}'
@@ -109,3 +112,10 @@ def test_a_second_call_does_nothing(smoke, reproduce):
     before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
     reproduce()
     assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.notebooks
+def test_the_plan_knew_how_many_answers_would_be_written(smoke):
+    written = sum(len(path.read_text().splitlines()) for path in (smoke / "work" / "answers").glob("*.jsonl"))
+    planned = make_plan(load_params(ROOT / "params" / "smoke.yaml")).steps
+    assert sum(step.rows for step in planned if step.kind == "answer") == written > 0

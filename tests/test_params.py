@@ -121,3 +121,60 @@ def test_a_path_that_is_not_there_is_named(key):
 
 def test_hub_names_and_embedded_models_are_not_looked_for():
     load_params(SMOKE, {"models.pretrained": "owner/model"}).check_inputs()
+
+
+def test_a_hubs_dataset_is_not_looked_for_and_a_missing_data_file_is():
+    load_params(SMOKE, {"conversations.source": "owner/data"}).check_inputs()
+    for missing in ("data/chats.json", "data/chats.parquet", "data/", "chats"):
+        with pytest.raises(InputError, match=f"conversations.source: no file or folder '{missing}'"):
+            load_params(SMOKE, {"conversations.source": missing}).check_inputs()
+
+
+def test_the_miniatures_conversations_need_their_shares():
+    load_params(SMOKE, {"miniature.shares": None, "conversations.source": "owner/data"})
+    with pytest.raises(InputError, match=r"conversations\.source 'miniature' needs miniature\.shares"):
+        load_params(SMOKE, {"miniature.shares": None})
+
+
+BASES = {
+    "tinyllama": ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", 2048),
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", 4096),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", 4096),
+}
+DATA = {"sharegpt": 1, "ultrachat": 1, "wizardlm": 2}  # epochs
+NINE = [(base, data) for base in BASES for data in DATA]
+
+
+@pytest.mark.parametrize(("base", "data"), NINE, ids="-".join)
+def test_the_nine_runs_have_the_papers_values(base, data):
+    params = load_params(ROOT / "params" / f"{base}-{data}.yaml")
+    section, needle = params.finetune, params.needle
+    assert (params.models.pretrained, params.conversations.max_length) == BASES[base]
+    assert len(bytes.fromhex(params.models.revision)) == 20  # a whole commit
+    assert (params.scoring.layer, params.scoring.threshold, params.scoring.head_reduction) == (15, 0.6, "max_then_mean")
+    small = base == "tinyllama"
+    assert section.method == ("full" if small else "qlora")
+    assert section.batch_size * section.gradient_accumulation == (128 if small else 64)
+    assert section.learning_rate == (2e-5 if small else 2e-4)
+    assert (section.epochs, section.warmup_fraction, section.schedule) == (DATA[data], 0.1, "cosine")
+    assert (section.lora_rank, section.lora_alpha, section.lora_dropout, params.seed) == (16, 16, 0.05, 42)
+    assert len(needle.lengths) * len(needle.depths) * needle.per_cell == 400
+    window = {"tinyllama": 2048, "llama-2-7b": 4096, "llama-3-8b": 8192}[base]
+    limit = 1000 if data == "wizardlm" else 2000 if small else 4000  # the paper's
+    assert (needle.lengths[0], needle.lengths[-1]) == (200, limit if limit + 200 <= window else limit - 200)
+    assert needle.depths[0] == 0 and needle.depths[-1] == 100 and needle.max_new_tokens == 100
+
+
+@pytest.mark.parametrize(("base", "data"), NINE, ids="-".join)
+def test_the_nine_runs_say_what_is_not_pinned_and_what_the_user_supplies(base, data):
+    path = ROOT / "params" / f"{base}-{data}.yaml"
+    params, lines = load_params(path), path.read_text().splitlines()
+    noted = {key: [line for line in lines if line.strip().startswith(f"{key}:")] for key in ("seed_model_revision",)}
+    unpinned = [line for line in lines if "revision: null" in line and "instruct" not in line]
+    assert len(unpinned) == 2 and all("NOT PINNED" in line for line in [*unpinned, *noted["seed_model_revision"]])
+    supplied = [line.split(":")[0].strip() for line in lines if "YOU SUPPLY" in line]
+    assert supplied == ["haystack", "source"]
+    with pytest.raises(InputError, match=r"models\.instruct: .* trained here: first run 02 and 03"):
+        params.check_inputs()
+    with pytest.raises(InputError, match=r"needle\.haystack: .* put a folder of \.txt there"):
+        load_params(path, {"models.instruct": params.models.pretrained}).check_inputs()

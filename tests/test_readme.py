@@ -2,6 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+
+from ctxlib import experiment, finetune
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,3 +30,22 @@ def test_the_commands_it_tells_are_targets_of_the_makefile():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     told = re.findall(r"\bmake (\w+)", README)
     assert {"reproduce", "test"} <= set(told) <= set(targets)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+def test_the_seed_model_that_is_trained_by_hand_is_the_vanilla_model_of_notebook_03(tmp_path, monkeypatch):
+    content = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
+    content["outputs"] = str(tmp_path)
+    content["finetune"] |= {"steps": 1, "batch_size": 2}
+    (tmp_path / "seed.yaml").write_text(yaml.safe_dump(content))
+    code = next(block for block in README.split("```python\n") if "tinyllama-sharegpt.yaml" in block).split("```")[0]
+    exec(code.replace("params/tinyllama-sharegpt.yaml", str(tmp_path / "seed.yaml")), {})
+    cells = (cell for cell in nbformat.read(ROOT / "notebooks" / "03_indicator_sft.ipynb", 4).cells)
+    loop = next(cell.source for cell in cells if "finetune.finetune(" in cell.source)
+    call = loop[loop.index("finetune.finetune(") : loop.index("\n    )\n") + 7]
+    monkeypatch.setattr(finetune, "load_model", None)  # it is not trained again
+    params = experiment.load_params(tmp_path / "seed.yaml")
+    results = SimpleNamespace(work=params.output_dir / "work")
+    names = {"params": params, "results": results, "name": "vanilla", "token": None}
+    names |= {"data": experiment.conversations(params), "tokenizer": experiment.tokenizer(params)}
+    assert len(eval(call, {"experiment": experiment, "finetune": finetune, **names})) == 1

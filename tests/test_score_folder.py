@@ -447,7 +447,7 @@ def test_marks_are_only_made_from_the_data_that_were_scored(score, ctxlib, data,
 def test_a_dataset_of_the_hub_is_scored_and_marked_like_a_file(score, ctxlib, data, tmp_path, monkeypatch):
     asked, held = [], rows()
 
-    def load_dataset(name, split):
+    def load_dataset(name, split, revision):
         asked.append((name, split))
         return datasets.Dataset.from_list(held)
 
