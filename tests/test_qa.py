@@ -202,7 +202,7 @@ def test_hub_rows_of_squad_are_the_files_questions(tmp_path, monkeypatch):
     ]
     asked = hub(monkeypatch, rows, features)
     from_hub = load_questions("rajpurkar/squad_v2")
-    assert asked == [("rajpurkar/squad_v2", "validation", {})]
+    assert asked == [("rajpurkar/squad_v2", "validation", {"revision": None})]
     assert from_hub == load_questions(write(tmp_path, squad(squad_qa(["Ada", "Ada L."]), squad_qa([], "q2"))))
 
 

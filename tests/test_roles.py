@@ -323,6 +323,13 @@ def test_the_indicator_is_one_template_token_behind_the_users_content(unigram, t
     assert torch.equal(marked.roles[:before], plain.roles[:before])
 
 
+def test_an_indicator_that_nobody_carries_changes_nothing(unigram):
+    unmarked = [Message("user", "hello"), Message("assistant", "hi")]
+    for template in (True, False):
+        plain, asked = (role_map(unigram, unmarked, template=template, indicator=i) for i in (None, "[IND]"))
+        assert asked.ids.equal(plain.ids) and asked.roles.equal(plain.roles)
+
+
 def test_the_marked_prompt_is_the_rendering_of_the_content_with_the_indicator(unigram):
     tokenizer = with_template(unigram, FOLDED)
     message = Message("user", "hello", indicated=True)
