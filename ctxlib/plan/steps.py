@@ -92,6 +92,7 @@ class _Plan:
         self, notebook: str, model: str, families: tuple[str, ...], alpha: int | float | None = None, **how
     ) -> Step:
         """Answers to the questions of some families that this model was not asked in this way before."""
+        how = {"prefix": False, "indicator": False} | how
         rows, tokens, new_tokens = 0.0, 0.0, 0.0
         for family in families:
             texts = self.questions[family]
