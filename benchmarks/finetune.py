@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scoring import make_corpus
-from side_by_side import SHAPES, model_mib, peak_mib, random_llama, report
+from side_by_side import SHAPES, measured, model_mib, random_llama, report
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ctxlib.finetune import add_lora, make_trainer, train
@@ -116,9 +116,8 @@ def measure(way: str, method: str, options: argparse.Namespace) -> dict[str, flo
         if way == "trl":
             trainer = trl_trainer(trainer.args, model, rows, tokenizer)
         trainer.add_callback(clock)
-        memory = model_mib(model) + peak_mib(
-            lambda: train(trainer) if way != "trl" else trainer.train(), options.device
-        )
+        *_, peak = measured(lambda: train(trainer) if way != "trl" else trainer.train(), options.device)
+        memory = model_mib(model) + peak
     lengths = torch.tensor([len(example.input_ids) for example in rows]).view(-1, options.batch_size).sum(1)
     speeds = lengths[1:].double() / torch.tensor(clock.seconds[1:], dtype=torch.double)
     loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)

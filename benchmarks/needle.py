@@ -13,7 +13,7 @@ import random
 
 import pandas as pd
 import torch
-from side_by_side import SHAPES, random_llama, report, seconds
+from side_by_side import SHAPES, measured, random_llama, report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def compare(model, tokenizer, questions, prompts, new_tokens: int, options) -> d
 
     ways = {"one_by_one": one_by_one, "batched": lambda: engine(False), "reused": lambda: engine(True)}
     model.generate(prompts[0].ids[None].to(options.device), max_new_tokens=2)  # warms up
-    times = {f"{name}_s": seconds(way, options.device) for name, way in ways.items()}
+    times = {f"{name}_s": measured(way, options.device)[1] for name, way in ways.items()}
     same = all(written == answers["one_by_one"] for written in answers.values())
     speedup = times["one_by_one_s"] / times["reused_s"]
     return {"new_tokens": new_tokens, "cells": len(prompts), **times, "speedup": speedup, "same_answers": int(same)}

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
-from side_by_side import SHAPES, device_name, in_turns, model_mib, peak_mib, random_llama, report
+from side_by_side import SHAPES, device_name, in_turns, model_mib, random_llama, report
 
 from ctxlib.attention import record_allocation
 from ctxlib.roles import ROLES
@@ -75,9 +75,8 @@ def measured(model, length: int, options) -> dict[str, float]:
         return torch.stack([pattern.float() @ columns for pattern in patterns])
 
     ways = {"plain": plain, "recorded": recorded} | ({"eager": eager} if length <= LONGEST_EAGER else {})
-    times = in_turns(ways, options.repeats, options.device)
-    memory = pd.DataFrame([{name: peak_mib(way, options.device) for name, way in ways.items()} for _ in range(3)])
-    memory = memory.median() + model_mib(model)
+    times, peaks = in_turns(ways, options.repeats, options.device)
+    memory = peaks.median() + model_mib(model)
     median = times.median()
     found = {"plain_s": median.plain, "plain_mib": memory.plain}
     found |= {

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import math
 import platform
 import time
 from collections.abc import Callable
@@ -42,35 +41,32 @@ def random_llama(
     return model.eval()
 
 
-def in_turns(ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
-    """Seconds of every way, one row a repeat. The ways take turns, so that what slows the machine slows them all."""
-    rows = []
-    for repeat in range(repeats + 1):
-        rows.append({name: seconds(way, device) for name, way in ways.items()})
-        if repeat == 0:
-            rows.clear()  # the first round warms up
-    return pd.DataFrame(rows)
+def in_turns(
+    ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Seconds and peaks of memory (MiB) of every way, one row a repeat, after a first round to warm up.
+
+    The ways take turns, so that what slows the machine slows them all.
+    """
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append({name: measured(way, device)[1:] for name, way in ways.items()})
+    taken = pd.DataFrame(rounds[1:])
+    return taken.map(lambda pair: pair[0]), taken.map(lambda pair: pair[1])
 
 
-def seconds(way: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock time of one call."""
-    return measured(way, device, memory=False)[1]
+def measured(way: Callable[[], object], device: str = "cpu") -> tuple[object, float, float]:
+    """What one call returns, its seconds, and the most memory in MiB that it held above what was held before.
 
-
-def peak_mib(way: Callable[[], object], device: str = "cpu") -> float:
-    """The most memory, in MiB, that one call holds above what was held before it (on the CPU: Linux only)."""
-    return measured(way, device)[2]
-
-
-def measured(way: Callable[[], object], device: str = "cpu", memory: bool = True) -> tuple[object, float, float]:
-    """What one call returns, its seconds and its peak of memory in MiB."""
-    before = _reset_peak(device) if memory else math.nan
+    Memory on the CPU is read from /proc, so on Linux only.
+    """
+    before = _reset_peak(device)
     _wait(device)
     began = time.perf_counter()
     result = way()
     _wait(device)
     took = time.perf_counter() - began
-    return result, took, (_peak(device) - before) if memory else math.nan
+    return result, took, _peak(device) - before
 
 
 def _reset_peak(device: str) -> float:

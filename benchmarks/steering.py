@@ -50,7 +50,7 @@ def compare(model, prompts: int, length: int, options) -> dict[str, object]:
         with steer_attention(model, keep, steering_alpha=0.1):
             return plain()
 
-    times = in_turns({"plain": plain, "steered": steered}, options.repeats, options.device)
+    times, _ = in_turns({"plain": plain, "steered": steered}, options.repeats, options.device)
     rates = prompts * NEW_TOKENS / times.median()
     cell = {"dtype": str(model.dtype).removeprefix("torch."), "prompts": prompts, "prompt_tokens": length}
     cell |= {"plain_tokens_per_s": rates.plain, "steered_tokens_per_s": rates.steered}
