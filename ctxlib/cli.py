@@ -27,6 +27,15 @@ _IN, _DATA, _SCORE, _JUDGE, _MODEL, _RUN = (
 )
 
 
+ChatTemplate = Annotated[str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)]
+Revision = Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.", **_MODEL)]
+Quantisation = Annotated[Literal["nf4"] | None, typer.Option(help="4-bit weights.", **_MODEL)]
+Attention = Annotated[
+    Literal["sdpa", "eager"], typer.Option(help="eager: for models without sdpa, such as Gemma 2.", **_MODEL)
+]
+
+
 @app.callback()
 def _commands() -> None:
     """Loss of context-awareness in instruction fine-tuning: measured, explained and cured."""
@@ -160,17 +169,11 @@ def score(
         int | None,
         typer.Option(help="Tokens of a conversation.", show_default="all positions; reading paper: 2047", **_SCORE),
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.", **_MODEL)
-    ] = "float32",
-    quantisation: Annotated[Literal["nf4"] | None, typer.Option(help="4-bit weights.", **_MODEL)] = None,
-    attention: Annotated[
-        Literal["sdpa", "eager"], typer.Option(help="eager: for models without sdpa, such as Gemma 2.", **_MODEL)
-    ] = "sdpa",
+    chat_template: ChatTemplate = None,
+    revision: Revision = None,
+    dtype: Dtype = "float32",
+    quantisation: Quantisation = None,
+    attention: Attention = "sdpa",
     token_budget: Annotated[
         int | None,
         typer.Option(help="Tokens in a batch, padding included.", show_default="8192; on a CPU 512", **_RUN),
@@ -271,10 +274,8 @@ def finetune(
     lora_rank: Annotated[int, typer.Option(**_MODEL)] = 16,
     lora_alpha: Annotated[float, typer.Option(**_MODEL)] = 16,
     lora_dropout: Annotated[float, typer.Option(**_MODEL)] = 0.05,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)] = None,
+    chat_template: ChatTemplate = None,
+    revision: Revision = None,
     epochs: Annotated[float | None, typer.Option(show_default="1", **_RUN)] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of epochs.", **_RUN)] = None,
     batch_size: Annotated[int, typer.Option(help="Conversations at a time, for each process.", **_RUN)] = 2,
@@ -374,17 +375,11 @@ def mt_bench(
     indicator: Annotated[str | None, typer.Option(help="Put after every user message: [IND]", **_MODEL)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", **_MODEL)] = 1024,
     batch_size: Annotated[int, typer.Option(help="Answers written at a time.", **_MODEL)] = 8,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A .jinja file.", show_default="the tokenizer's own", **_MODEL)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub's model.", **_MODEL)] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.", **_MODEL)
-    ] = "float32",
-    quantisation: Annotated[Literal["nf4"] | None, typer.Option(help="4-bit weights.", **_MODEL)] = None,
-    attention: Annotated[
-        Literal["sdpa", "eager"], typer.Option(help="eager: for models without sdpa, such as Gemma 2.", **_MODEL)
-    ] = "sdpa",
+    chat_template: ChatTemplate = None,
+    revision: Revision = None,
+    dtype: Dtype = "float32",
+    quantisation: Quantisation = None,
+    attention: Attention = "sdpa",
 ) -> None:
     """MT-Bench of a model, graded by a judge that you name: ratings with intervals and the judge's own variance.
 

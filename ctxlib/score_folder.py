@@ -7,7 +7,6 @@ The folder holds `scores.parquet` (the frame of `score_corpus`), `scores.json` (
 `dropped_rows.csv`, and `parts/`, which lets a stopped run go on and can be deleted afterwards.
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -30,7 +29,17 @@ from ctxlib.models import DTYPES, load_config, load_model, load_tokenizer, requi
 from ctxlib.paper import THRESHOLD, paper_layer
 from ctxlib.params import InputError
 from ctxlib.results import file_digest, to_json, write
-from ctxlib.scoring import PAPER_MAX_LENGTH, HeadReduction, Reading, answered_turns, score_corpus, weights_hash
+from ctxlib.scoring import (
+    HeadReduction,
+    Reading,
+    answered_turns,
+    checked_layers,
+    checked_length,
+    corpus_hash,
+    digest,
+    score_corpus,
+    weights_hash,
+)
 
 Share = tuple[int, int]  # (i, n): the i-th of n, counted from 1
 PACKAGES = ("ctxlib", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "datasets", "pandas")
@@ -151,13 +160,14 @@ class Prepared:
         )
         identity = {
             "weights": weights_hash(model),
-            "chat_template": _digest(self.tokenizer.chat_template),
-            "vocabulary": _digest(sorted(self.tokenizer.get_vocab().items())),
-            "conversations": _corpus_digest(self.corpus),
+            "chat_template": digest(self.tokenizer.chat_template),
+            "vocabulary": digest(sorted(self.tokenizer.get_vocab().items())),
+            "conversations": corpus_hash(self.corpus),
         }
         how = {name: getattr(settings, name) for name in _HOW}
-        parts = folder / "parts" / _digest([identity, how, settings.dtype, settings.quantisation, settings.attention])
+        parts = folder / "parts" / digest([identity, how, settings.dtype, settings.quantisation, settings.attention])
         call = {"model": model, "tokenizer": self.tokenizer, "corpus": self.corpus, "shard_dir": parts, **how}
+        call["weights"] = identity["weights"]
 
         there_before = set(_part_files(parts))
         began = time.perf_counter()
@@ -253,7 +263,8 @@ def prepare(settings: Settings) -> Prepared:
     if not depth or not positions:
         missing = "layers" if not depth else "positions"
         raise InputError(f"{settings.model}: a {config.model_type} model has no fixed number of {missing}; use another")
-    layers = _layers(settings.layers, depth, settings.model)
+    layers = (paper_layer(depth),) if settings.layers is None else settings.layers
+    layers = tuple(checked_layers(layers, depth, settings.model))
     tokenizer = load_tokenizer(model, chat_template=settings.chat_template, revision=settings.revision)
     require_chat_template(tokenizer)
     corpus = settings.load_data()
@@ -261,9 +272,7 @@ def prepare(settings: Settings) -> Prepared:
         settings=replace(
             settings,
             layers=layers,
-            max_length=min(
-                positions, settings.max_length or (PAPER_MAX_LENGTH if settings.reading == "paper" else positions)
-            ),
+            max_length=checked_length(settings.max_length, positions, settings.reading),
             format=corpus.format,
         ),
         depth=depth,
@@ -308,10 +317,10 @@ def read_scores(folder: str | Path) -> tuple[pd.DataFrame, Settings, dict[str, A
         raise InputError(f"{folder}: no complete scores there (scores.json and scores.parquet); {again}")
     try:
         manifest = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        settings, digest = Settings(**manifest["settings"]), manifest["scores_sha256"]
+        settings, scores_sha256 = Settings(**manifest["settings"]), manifest["scores_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'scores.json'}: not a manifest of scores; {again}") from error
-    if file_digest(folder / "scores.parquet") != digest:
+    if file_digest(folder / "scores.parquet") != scores_sha256:
         raise InputError(f"{folder}: scores.parquet is not the file that scores.json tells of; {again}")
     return pd.read_parquet(folder / "scores.parquet"), settings, manifest
 
@@ -357,23 +366,12 @@ def mark_data(
     if Path(out).resolve() in [path.resolve() for path in (Path(folder) / "scores.parquet", *sources)]:
         raise InputError(f"{out}: the marks are made from this file; choose another name")
     corpus = settings.load_data()
-    if _corpus_digest(corpus) != manifest["identity"]["conversations"]:
+    if corpus_hash(corpus) != manifest["identity"]["conversations"]:
         raise InputError(changed)
     reading = reading or settings.reading
     marked = mark(corpus, scores, threshold, layer=layer, reading=reading)
     save_conversations(marked, out)
     return Marked(marked, layer, threshold, reading)
-
-
-def _layers(layers: Sequence[int] | Literal["all"] | None, depth: int, model: str) -> tuple[int, ...]:
-    if layers is None:
-        return (paper_layer(depth),)
-    if layers == "all":
-        return tuple(range(depth))
-    for layer in layers:
-        if layer not in range(depth):
-            raise InputError(f"layer {layer} does not exist: {model} has layers 0 to {depth - 1}")
-    return tuple(sorted(set(layers)))
 
 
 def _file_digests(source: str) -> dict[str, str]:
@@ -390,11 +388,3 @@ def _part_files(parts: Path) -> list[Path]:
 def _n_tokens(scores: pd.DataFrame) -> int:
     """Tokens that the model read: of every conversation, up to the end of its last scored answer."""
     return int((scores["context_tokens"] + scores["answer_tokens"]).groupby(scores["conversation"]).max().sum())
-
-
-def _corpus_digest(corpus: Corpus) -> str:
-    return _digest([[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations])
-
-
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]

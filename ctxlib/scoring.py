@@ -64,6 +64,7 @@ def score_corpus(
     shard: tuple[int, int] = (0, 1),
     conversations_per_part: int = 256,
     seed_model: str | None = None,
+    weights: str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Score every answered turn of a corpus; one row a turn and layer, in the corpus's order.
@@ -79,13 +80,15 @@ def score_corpus(
         parts are read, not scored again: a call that was killed goes on where it stopped and ends with the same frame.
     shard: (i, n) takes every n-th part from the i-th on; when all n are done, a call without it reads them all.
     seed_model: the model's name in the frame; by default the hash of its weights.
+    weights: that hash (`weights_hash`), where it was taken already.
 
     Raises InputError for an empty corpus, repeated conversation ids, a layer that does not exist, a score that is not a
     number (what was scored before stays), and when no turn at all could be scored.
     Reference: Wang et al. 2024, section 3.1.
     """
-    layers = _checked_layers(model, layers)
-    max_length = _checked_length(model, max_length, reading)
+    config = model.config.get_text_config()
+    layers = checked_layers(layers, config.num_hidden_layers)
+    max_length = checked_length(max_length, config.max_position_embeddings, reading)
     token_budget = token_budget or (512 if model.device.type == "cpu" else 8192)
     index, shards = shard
     if not 0 <= index < shards:
@@ -98,14 +101,15 @@ def score_corpus(
         raise InputError(f"{corpus.source}: conversation id {repeated!r} occurs more than once; ids must be unique")
 
     settings = {"layers": layers, "reading": reading, "head_reduction": head_reduction, "max_length": max_length}
-    weights = weights_hash(model) if shard_dir is not None or seed_model is None else None
+    if weights is None and (shard_dir is not None or seed_model is None):
+        weights = weights_hash(model)
     seed_model = seed_model or weights
     folder = None
     if shard_dir is not None:
         settings |= {"weights": weights, "seed_model": seed_model, "dtype": str(model.dtype)}
-        settings |= {"template": _template_hash(tokenizer), "data": _corpus_hash(corpus)}
+        settings |= {"template": _template_hash(tokenizer), "data": corpus_hash(corpus)}
         settings |= {"conversations_per_part": conversations_per_part}
-        folder = Path(shard_dir) / _digest(settings)
+        folder = Path(shard_dir) / digest(settings)
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
 
@@ -347,34 +351,36 @@ def _frame(rows: list[dict], reading: Reading, seed_model: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).assign(reading=reading, seed_model=seed_model).astype(COLUMNS)
 
 
-def _checked_layers(model, layers) -> list[int]:
-    depth = model.config.get_text_config().num_hidden_layers
+def checked_layers(layers: Literal["all"] | Sequence[int], depth: int, model: str = "the model") -> list[int]:
+    """The layers in order, all of `depth` for "all". Raises InputError for none, and for one that does not exist."""
     chosen = list(range(depth)) if isinstance(layers, str) and layers == "all" else sorted(set(layers))
     for layer in chosen:
         if layer not in range(depth):
-            raise InputError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
+            raise InputError(f"layer {layer} does not exist: {model} has layers 0 to {depth - 1}")
     if not chosen:
         raise InputError("layers: name at least one layer, or 'all'")
     return chosen
 
 
-def _checked_length(model, max_length: int | None, reading: Reading) -> int:
+def checked_length(max_length: int | None, positions: int, reading: Reading) -> int:
+    """How many tokens of a conversation are looked at: `positions` at most, with None all ("paper": 2047)."""
     if reading not in ("clean", "paper"):
         raise InputError(f"reading {reading!r}: choose clean or paper")
-    positions = model.config.get_text_config().max_position_embeddings
     return min(positions, max_length or (PAPER_MAX_LENGTH if reading == "paper" else positions))
 
 
-def _digest(what) -> str:
+def digest(what) -> str:
+    """12 hex digits of sha256 over anything that JSON can write."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _template_hash(tokenizer) -> str:
-    return _digest([tokenizer.chat_template, sorted(tokenizer.get_vocab().items())])
+    return digest([tokenizer.chat_template, sorted(tokenizer.get_vocab().items())])
 
 
-def _corpus_hash(corpus: Corpus) -> str:
-    return _digest([[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations])
+def corpus_hash(corpus: Corpus) -> str:
+    """12 hex digits of the conversations' ids, roles and texts."""
+    return digest([[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations])
 
 
 def _write_whole(path: Path, write) -> None:
