@@ -3,6 +3,7 @@
 Everything downstream takes what these functions return and cannot tell the two apart.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxlib import models, needle, qa
 from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations
 from ctxlib.generate import COLUMNS, answer_questions, question_prompt
-from ctxlib.instructions import word_questions
+from ctxlib.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.town import Town
@@ -24,6 +25,7 @@ from ctxlib.params import FirstResponseToken, InputError, Params, is_hub_id, loa
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
 
 EMBEDDED = "miniature"
+_SCORED = [*COLUMNS, *ANSWER_METRICS, *RULE_METRICS]
 
 
 def open_experiment(params_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Params:
@@ -115,18 +117,32 @@ def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Q
         question=section.question,
         keywords=section.keywords,
         response_prefix=section.response_prefix,
+        prompt=section.prompt,
         reading=section.reading,
         **cells,
     )
 
 
 def passage_questions(params: Params) -> list[Question]:
-    if params.qa.source is None:
-        return []
-    if params.qa.source == EMBEDDED:
-        return texts.passage_questions(Town(), params.qa.n, params.seed)
-    path, reading = params.path(params.qa.source), params.needle.reading
-    return qa.load_questions(path, params.qa.n, params.seed, reading=reading)
+    """At most `qa.n` questions of each of `qa.sources`; InputError where two sources give one id."""
+    section, questions = params.qa, []
+    for source in section.sources:
+        if source == EMBEDDED:
+            questions += texts.passage_questions(Town(), section.n, params.seed)
+            continue
+        on_hub = is_hub_id(source) and not params.path(source).exists()
+        questions += qa.load_questions(
+            source if on_hub else params.path(source),
+            section.n,
+            params.seed,
+            prompt=section.prompt,
+            reading=section.reading,
+            split=section.split,
+        )
+    times = Counter(question.id for question in questions)
+    if repeated := [key for key, count in times.items() if count > 1]:
+        raise InputError(f"{params.file}: qa.sources: two of them hold the question '{repeated[0]}'; name each once")
+    return questions
 
 
 def fact_questions(params: Params) -> list[Question]:
@@ -136,9 +152,9 @@ def fact_questions(params: Params) -> list[Question]:
 
 
 def instruction_questions(params: Params) -> list[Question]:
-    home = town(params)
-    n = params.instructions.n
-    return texts.instruction_questions(home, n, params.seed) if home else word_questions(texts.SAYABLE, n, params.seed)
+    """Word tasks with one right answer in the town, whose models know few words; elsewhere verifiable instructions."""
+    home, n = town(params), params.instructions.n
+    return texts.instruction_questions(home, n, params.seed) if home else verifiable_questions(n, params.seed)
 
 
 def ask(
@@ -156,10 +172,12 @@ def ask(
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
-    `recalled` is 1 where a needle's keywords are all said. Answers are cached under the experiment's `work` folder. Of
-    a haystack of texts, what the cells have in common is read once.
+    `recalled` is 1 where a needle's keywords are all said; `followed` where an instruction's one right answer is given
+    or all its rules are followed to the letter. Answers are cached under the experiment's `work` folder. Of a haystack
+    of texts, what the cells have in common is read once.
     """
     limits = {"needle": params.needle, "qa": params.qa, "facts": params.qa, "instructions": params.instructions}
+    readings = {"needle": params.needle.reading, "qa": params.qa.reading}
     parts = []
     for family in dict.fromkeys(question.family for question in questions):
         asked = [question for question in questions if question.family == family]
@@ -179,10 +197,11 @@ def ask(
             model_key=model_key,
             cache_dir=params.output_dir / "work" / "answers",
         )
-        parts.append(score_answers(answers, asked, reading=params.needle.reading))
-    scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS, *ANSWER_METRICS])
+        parts.append(score_rules(score_answers(answers, asked, reading=readings.get(family, "clean")), asked))
+    scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_SCORED)
     recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
-    return scored.assign(condition=condition, recalled=recalled)
+    followed = scored.prompt_strict.fillna(scored.exact_match).where(scored.family == "instructions")
+    return scored.assign(condition=condition, recalled=recalled, followed=followed.astype(float))
 
 
 def prompts(

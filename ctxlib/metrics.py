@@ -47,7 +47,7 @@ def _f1(answer_words: list[str], gold_words: list[str]) -> float:
 
 
 def containment(answer: str, golds: Sequence[str], *, whole_words: bool = False) -> float:
-    """1.0 where any normalised gold answer is a substring of the normalised answer (paper, section 4; facts.md 4.2).
+    """1.0 where any normalised gold answer is a substring of the normalised answer (paper, section 4; official script).
 
     `whole_words=True` asks for whole words, so that "3" is not found in "13". A gold answer of which normalising
     leaves nothing is never contained.
@@ -58,7 +58,7 @@ def containment(answer: str, golds: Sequence[str], *, whole_words: bool = False)
 
 
 def needle_recall(answer: str, keywords: Sequence[str], *, reading: Literal["clean", "paper"] = "paper") -> float:
-    """Share of the keywords that the answer says, in [0, 1]; the paper's recall error is 1 minus it (facts.md 1.1).
+    """Share of the keywords that the answer says, in [0, 1]; the paper's recall error is 1 minus it (section 2.1).
 
     `paper` is the authors' rule: lower case, ASCII punctuation to spaces, split at spaces and newlines, exact word
     equality. `clean` splits at everything that is no letter, digit or underscore in any script, and a keyword of
@@ -205,7 +205,7 @@ def drop_containment(
     """1.0 where the answer says what an annotator found, else 0.0.
 
     `clean`: all spans of any annotator, as whole words, normalised as by the official script. `paper`: any one span of
-    the first annotator, as a raw substring, so that "3" is found in "13" (facts.md 4.2).
+    the first annotator, as a raw substring, so that "3" is found in "13" (official script).
     """
     if reading == "paper":
         return float(any(span in answer for spans in annotations[:1] for span in spans))
@@ -215,7 +215,7 @@ def drop_containment(
 
 
 def until_stop(answer: str) -> str:
-    """The answer up to its first ". ", where the authors' generation stopped (facts.md 4.2)."""
+    """The answer up to its first ". ", where the authors' generation stopped (official script)."""
     return answer.partition(". ")[0]
 
 

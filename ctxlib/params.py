@@ -112,6 +112,10 @@ class Finetune(Section):
     lora_rank: Count
     lora_alpha: Positive
     lora_dropout: Fraction
+    max_grad_norm: Positive
+    group_by_length: bool
+    packing: bool
+    gradient_checkpointing: bool | None
     save_every: Count
 
     @model_validator(mode="after")
@@ -124,7 +128,8 @@ class Finetune(Section):
 class Needle(Section):
     source: Literal["miniature", "text"]
     haystack: str | None
-    needle: str | None
+    prompt: Annotated[int, Field(ge=1, le=4)]
+    needle: str | list[str] | None
     question: str | None
     keywords: list[str] | None
     response_prefix: str | None
@@ -143,8 +148,11 @@ class Needle(Section):
 
 
 class Qa(Section):
-    source: str | None
+    sources: list[str]
+    split: str
     n: Count
+    prompt: Literal["instruction", "plain"]
+    reading: Reading
     max_new_tokens: Count
 
 
@@ -219,14 +227,11 @@ class Params(Section):
 
         A model or dataset named `owner/name` may lie on a hub, so that only loading it can tell.
         """
-        files = {
-            "needle.haystack": self.needle.haystack,
-            "qa.source": self.qa.source,
-            "models.chat_template": self.models.chat_template,
-        }
-        hub = {"conversations.source": self.conversations.source}
-        hub |= {f"models.{role}": getattr(self.models, role) for role in MODEL_ROLES}
-        named = {key: name for key, name in hub.items() if not is_hub_id(name)} | files
+        on_disk = {"needle.haystack": self.needle.haystack, "models.chat_template": self.models.chat_template}
+        anywhere = {"conversations.source": self.conversations.source}
+        anywhere |= {f"models.{role}": getattr(self.models, role) for role in MODEL_ROLES}
+        anywhere |= {f"qa.sources[{number}]": name for number, name in enumerate(self.qa.sources)}
+        named = on_disk | {key: name for key, name in anywhere.items() if not is_hub_id(name)}
         return {
             key: name
             for key, name in named.items()
@@ -244,8 +249,12 @@ class Params(Section):
         trained = self.output_dir / "work" / "models"
         if role in MODEL_ROLES and trained in self.path(getattr(self.models, role)).parents:
             return f"it is trained here: first run 02 and 03 by themselves, with --set {key}={self.models.pretrained}"
-        supplied = {"needle.haystack": "put a folder of .txt there", "qa.source": "put a file in SQuAD's format there"}
-        return f"{supplied[key]}, or correct the path" if key in supplied else "correct the path"
+        supplied = {
+            "needle.haystack": "put a folder of .txt there",
+            "qa.sources": "put an official JSON file of SQuAD, QuAC or DROP there",
+        }
+        what = supplied.get(key.split("[")[0])
+        return f"{what}, or correct the path" if what else "correct the path"
 
 
 def is_hub_id(name: str) -> bool:

@@ -16,7 +16,7 @@ PASSAGE_PROMPT = "{context}\nAnswer the question according to the above passage:
 PIECES_PROMPT = "{context}\nAnswer the question with pieces from the above passage: {question}"  # QuAC
 PAPER_PIECES_PROMPT = PIECES_PROMPT.replace("from the", "from the the")
 PLAIN_PROMPT = "{context} {question}"
-_REMEDY = "give qa.source an official JSON file of SQuAD, QuAC or DROP"
+_REMEDY = "give qa.sources an official JSON file of SQuAD, QuAC or DROP"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load_questions(
     `prompt` is `instruction`, as for the paper's ShareGPT and WizardLM models, or `plain`, context and question only,
     as for its UltraChat models (paper, Tables 5 and 6). The `reading` matters for QuAC alone, whose passage stands
     behind title and background. `paper`: the first question of each dialogue, the final CANNOTANSWER taken from the
-    passage, the prompt with its doubled "the" (facts.md 4.2). `clean`: every question, behind the earlier ones with
+    passage, the prompt with its doubled "the". `clean`: every question, behind the earlier ones with
     their answers as turns, and CANNOTANSWER left as the piece to answer with where there is no answer; dialogues stay
     whole, so that as many are drawn as fit into `n` questions.
 

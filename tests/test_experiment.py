@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 
 from ctxlib import experiment
+from ctxlib.conversations import Message, Question, Rule
 from ctxlib.miniature import MODELS, model_source
 from ctxlib.params import InputError, load_params
 from ctxlib.roles import Role
@@ -98,3 +100,55 @@ def test_data_of_the_hub_are_read_at_their_split_and_revision(monkeypatch):
     changes = {"conversations.source": "owner/data", "conversations.split": "s", "conversations.revision": "r"}
     assert len(experiment.conversations(load_params(SMOKE, changes))) == 1
     assert asked == [("owner/data", {"split": "s", "revision": "r"})]
+
+
+def squad_file(path, id):
+    question = {"id": id, "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
+    paragraph = {"context": "Ada wrote it.", "qas": [question]}
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    return str(path)
+
+
+def test_passages_come_from_all_sources_in_the_prompt_and_reading_that_are_named(tmp_path):
+    sources = [squad_file(tmp_path / "one.json", "1"), "miniature", squad_file(tmp_path / "two.json", "2")]
+    plain = {"qa.sources": sources, "qa.n": 5, "qa.prompt": "plain"}
+    asked = experiment.passage_questions(load_params(SMOKE, plain))
+    assert [question.id for question in asked][::6] == ["1", "2"] and len(asked) == 7
+    assert asked[0].messages[0].content == "Ada wrote it. Who?"
+    twice = load_params(SMOKE, {"qa.sources": [sources[0], squad_file(tmp_path / "three.json", "1")]})
+    with pytest.raises(InputError, match=r"smoke\.yaml: qa\.sources: two of them hold the question '1'"):
+        experiment.passage_questions(twice)
+
+
+def test_an_instruction_is_followed_when_its_answer_is_given_or_all_its_rules_are_kept(
+    monkeypatch, tmp_path, model, tokenizer
+):
+    params = load_params(SMOKE, {"outputs": str(tmp_path)})
+    said = {
+        "right": "six seven.",
+        "wrong": "seven six.",
+        "kept": "no comma here",
+        "broken": "a comma, here",
+        "fact": "x",
+    }
+    user = (Message("user", "?"),)
+    questions = [
+        Question("right", "instructions", "repeat", user, answers=("six seven.",)),
+        Question("wrong", "instructions", "repeat", user, answers=("six seven.",)),
+        Question(
+            "kept", "instructions", "no_commas", user, rules=(Rule("no_commas", 0, ""), Rule("lower_case", 0, ""))
+        ),
+        Question(
+            "broken", "instructions", "no_commas", user, rules=(Rule("no_commas", 0, ""), Rule("lower_case", 0, ""))
+        ),
+        Question("fact", "facts", "job", user, answers=("x",)),
+    ]
+
+    def answers(model, tokenizer, asked, **how):
+        rows = [{"id": question.id, "family": question.family, "answer": said[question.id]} for question in asked]
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(experiment, "answer_questions", answers)
+    scored = experiment.ask(params, model, tokenizer, questions, condition="c", model_key="k", template=True)
+    followed = scored.set_index("id").followed
+    assert followed[:4].tolist() == [1, 0, 1, 0] and pd.isna(followed["fact"])

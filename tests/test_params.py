@@ -82,7 +82,7 @@ def test_ill_typed_values_are_one_line_errors(overrides, message):
 
 
 def test_missing_key_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"x\.yaml: missing key 'qa\.source'"):
+    with pytest.raises(InputError, match=r"x\.yaml: missing key 'qa\.sources'"):
         load_params(write_smoke(tmp_path, qa={"n": 3, "max_new_tokens": 3}))
 
 
@@ -113,10 +113,17 @@ def test_digest_changes_with_results_and_not_with_the_folder(tmp_path):
     assert load_params(SMOKE, {"seed": 1}).digest != digest
 
 
-@pytest.mark.parametrize("key", ["conversations.source", "qa.source", "models.pretrained", "models.chat_template"])
+@pytest.mark.parametrize("key", ["conversations.source", "models.pretrained", "models.chat_template"])
 def test_a_path_that_is_not_there_is_named(key):
     with pytest.raises(InputError, match=rf"{key}: no file or folder './nowhere'"):
         load_params(SMOKE, {key: "./nowhere"}).check_inputs()
+
+
+def test_of_several_sources_of_passages_the_missing_one_is_named():
+    load_params(SMOKE, {"qa.sources": ["miniature", "rajpurkar/squad"]}).check_inputs()
+    params = load_params(SMOKE, {"qa.sources": ["miniature", "./nowhere.json", "rajpurkar/squad"]})
+    with pytest.raises(InputError, match=r"qa\.sources\[1\]: no file or folder './nowhere.json'; put an official JSON"):
+        params.check_inputs()
 
 
 def test_hub_names_and_embedded_models_are_not_looked_for():
@@ -173,8 +180,8 @@ def test_the_nine_runs_say_what_is_not_pinned_and_what_the_user_supplies(base, d
     unpinned = [line for line in lines if "revision: null" in line and "instruct" not in line]
     assert len(unpinned) == 2 and all("NOT PINNED" in line for line in [*unpinned, *noted["seed_model_revision"]])
     supplied = [line.split(":")[0].strip() for line in lines if "YOU SUPPLY" in line]
-    assert supplied == ["haystack", "source"]
-    with pytest.raises(InputError, match=r"models\.instruct: .* trained here: first run 02 and 03"):
-        params.check_inputs()
+    assert supplied == ["haystack", "sources"]
     with pytest.raises(InputError, match=r"needle\.haystack: .* put a folder of \.txt there"):
-        load_params(path, {"models.instruct": params.models.pretrained}).check_inputs()
+        params.check_inputs()
+    with pytest.raises(InputError, match=r"models\.instruct: .* trained here: first run 02 and 03"):
+        load_params(path, {"needle.haystack": str(ROOT)}).check_inputs()

@@ -306,10 +306,12 @@ def test_training_takes_the_hours_that_its_operations_take():
 
 def test_all_that_is_missing_is_told_with_its_remedy():
     problems = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml").problems
-    assert [problem.split(":")[0] for problem in problems] == ["models.instruct", "needle.haystack", "qa.source"]
+    supplied = ["needle.haystack", "models.instruct", *(f"qa.sources[{number}]" for number in range(3))]
+    assert [problem.split(":")[0] for problem in problems] == supplied
     assert (
-        "--set models.instruct=meta-llama/Llama-2-7b-hf" in problems[0] and "put a folder of .txt there" in problems[1]
+        "put a folder of .txt there" in problems[0] and "--set models.instruct=meta-llama/Llama-2-7b-hf" in problems[1]
     )
+    assert all("SQuAD, QuAC or DROP" in problem for problem in problems[2:])
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def reproduce(folder, params_file):
 def test_the_notebooks_run_on_local_folders(tmp_path, tokenizer):
     write_model(tmp_path / "model", tokenizer)
     made_conversations(tmp_path / "chats.json")
-    changes = {"conversations": {"source": str(tmp_path / "chats.json"), "n": 40}, "qa": {"source": None}}
+    changes = {"conversations": {"source": str(tmp_path / "chats.json"), "n": 40}, "qa": {"sources": []}}
     outputs = reproduce(tmp_path, write_params(tmp_path, changes))
     scores = pd.read_csv(outputs / "tables" / "scores.csv")
     assert len(scores) == 80 and scores.score.between(0, 1).all()
@@ -102,7 +102,7 @@ def test_the_notebooks_run_on_real_conversations_with_the_tokenizer_of_llama_2(t
             "source": str(SHARED / "conversations/sharegpt_sample.json"), "n": 30, "on_bad_row": "drop",
             "remove_refusals": True, "max_length": 1024,
         },
-        "qa": {"source": str(SHARED / "squad/xquad.en.json"), "n": 6},
+        "qa": {"sources": [str(SHARED / "squad/xquad.en.json")], "n": 6},
     }  # fmt: skip
     outputs = reproduce(tmp_path, write_params(tmp_path, changes))
     assert (outputs / "tables" / "score_coverage.csv").is_file()

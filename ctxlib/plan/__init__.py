@@ -67,9 +67,9 @@ def make_plan(params: Params) -> Plan:
     Raises InputError for input that is there and bad, for a path that leads nowhere, and for a model whose shape is not
     known. What the user still has to supply (the haystack, questions on passages) is a problem in the plan.
     """
-    supplied = ("needle.haystack", "qa.source", *(f"models.{which}" for which in MODEL_ROLES))
+    supplied = ("needle.haystack", "qa.sources", *(f"models.{which}" for which in MODEL_ROLES))
     for key, name in params.missing_inputs().items():
-        if key not in supplied:
+        if key.split("[")[0] not in supplied:
             raise InputError(f"{params.file}: {key}: no file or folder '{name}'; {params.remedy(key)}")
     found = {which: find_model(params, which) for which in MODEL_ROLES}
     tokenizer = _tokenizer(params, found)

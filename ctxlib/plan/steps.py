@@ -168,8 +168,9 @@ def conversation_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None
 def question_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Texts]:
     """Number and length of the questions by family; needles by their cells, the others by the questions themselves."""
     section = params.needle
-    passages = Texts(0 if params.qa.source is None else params.qa.n, PASSAGE_PROMPT, 4 * PASSAGE_PROMPT, "assumed")
-    if "qa.source" not in params.missing_inputs():
+    sources = params.qa.sources
+    passages = Texts(len(sources) * params.qa.n, PASSAGE_PROMPT, 4 * PASSAGE_PROMPT, "assumed")
+    if all(source == experiment.EMBEDDED or params.path(source).exists() for source in sources):
         passages = _measured(experiment.passage_questions(params), tokenizer)
     families = {
         "needle": Texts(
