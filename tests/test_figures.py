@@ -99,6 +99,9 @@ DRAWN = {
     "needle_maps": lambda: figures.needle_maps(
         *[values(depth_percent=[0, 50, 100], context_length_tokens=[100, 400]) for _ in range(2)]
     ),
+    "needle_maps_by_condition": lambda: figures.needle_maps(
+        *[values(condition=CONDITIONS, depth_percent=[0, 50], context_length_tokens=[100, 400]) for _ in range(2)]
+    ),
     "needle_large": lambda: figures.needle_heatmap(
         values(depth_percent=np.linspace(0, 100, 30).round(), context_length_tokens=np.linspace(200, 4000, 26).round())
     ),

@@ -125,23 +125,29 @@ def needle_maps(
     recall: pd.DataFrame,
     attention: pd.DataFrame,
     *,
+    panel: str = "condition",
     title: str | None = "What is found, and what is looked at",
     subtitle: str | None = None,
 ) -> Figure:
-    """Recall beside attention to the needle, each a frame (depth_percent, context_length_tokens, value, n).
+    """Recall beside attention to the needle, a row a panel: (depth_percent, context_length_tokens, value, n[, panel]).
 
     The colours of recall run from 0 to 1, those of attention from 0 to its highest value.
     """
     frames = {"needle recall (fraction)": recall, "attention to the needle (fraction)": attention}
-    grids = [grid_of(frame, None, None, "depth_percent", "context_length_tokens") for frame in frames.values()]
-    width, height = (min(5.2, max(2.5, 0.36 * grids[0].shape[1] + 0.5)), max(1.7, 0.27 * grids[0].shape[0] + 0.5))
-    fig, axes = new_figure(1, 2, 2 * width + 2.2, height + 0.35, sharey=True)
-    for ax, label, grid, top in zip(axes[0], frames, grids, (1, np.nanmax(grids[1])), strict=True):
-        scale = {"cmap": SEQUENTIAL, "vmin": 0, "vmax": top}
-        draw_heat(fig, np.array([[ax]]), [grid], [None], scale, label)
-        ax.set(xlabel="context length (tokens)", ylabel="depth (% of context)")
-    axes[0, 1].set_ylabel("")
-    axes[0, 1].tick_params(labelleft=False)
+    names = list(recall[panel].unique()) if panel in recall else [None]
+    grids = [
+        [grid_of(frame, panel, name, "depth_percent", "context_length_tokens") for name in names]
+        for frame in frames.values()
+    ]
+    rows, columns = grids[0][0].shape
+    width, height = min(5.2, max(2.5, 0.36 * columns + 0.5)), max(1.7, 0.27 * rows + 0.5)
+    fig, axes = new_figure(len(names), 2, 2 * width + 2.2, height * len(names) + 0.35, sharex=True, sharey=True)
+    for column, label, of_label, top in zip(axes.T, frames, grids, (1, attention["value"].max()), strict=True):
+        draw_heat(fig, column, of_label, names, {"cmap": SEQUENTIAL, "vmin": 0, "vmax": top}, label)
+    for ax in axes[-1]:
+        ax.set_xlabel("context length (tokens)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("depth (% of context)")
     return finish(fig, title, subtitle, footnote(None, pd.concat([recall, attention]), "per cell"))
 
 
