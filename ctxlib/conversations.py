@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ctxlib.files import replacing
 from ctxlib.params import InputError
 
 FORMATS = {"messages": "messages", "sharegpt": "conversations", "instruction": "instruction"}  # the key that tells it
@@ -196,9 +196,7 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
         }
         for conversation in corpus.conversations
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as beside:
         if path.suffix == ".parquet":
             pd.DataFrame(rows, columns=["id", "messages"]).to_parquet(beside, index=False)
         else:
@@ -207,9 +205,6 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
                     json.dump(rows, file, ensure_ascii=False, indent=1)
                 else:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def is_hub_dataset(source: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ctxlib.attention import steer_attention
 from ctxlib.conversations import Question
+from ctxlib.files import whole_lines
 from ctxlib.params import InputError
 from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleMap, pad_batch, role_map
 
@@ -281,10 +281,7 @@ class _Cache:
         canonical = json.dumps(key, sort_keys=True, ensure_ascii=False)
         self.path = Path(folder) / f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole, _, torn = (self.path.read_bytes() if self.path.exists() else b"").rpartition(b"\n")
-        if torn:  # the run was killed in the middle of this line
-            os.truncate(self.path, self.path.stat().st_size - len(torn))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(self.path), start=1):
             try:
                 sample = json.loads(line)
                 self.known[sample["id"]] = sample

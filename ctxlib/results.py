@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from ctxlib.files import write
 from ctxlib.params import InputError, Params
 
 PACKAGE = Path(__file__).resolve().parent
@@ -171,18 +171,6 @@ def short_path(params: Params, path: str | Path) -> str:
     """The path as it is written into records: relative to the root where it lies below, so the same on each machine."""
     path, root = Path(path).resolve(), params.root.resolve()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    """Writes beside the place and renames, so that a reader sees the old file or the new one and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def to_json(content: Any) -> str:

@@ -16,8 +16,9 @@ import papermill
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from ctxlib.files import write
 from ctxlib.params import InputError, Params, load_params
-from ctxlib.results import code_version, file_digest, gather_claims, short_path, to_json, write
+from ctxlib.results import code_version, file_digest, gather_claims, short_path, to_json
 
 
 class NotebookError(RuntimeError):

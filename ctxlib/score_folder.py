@@ -23,12 +23,13 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ctxlib.conversations import Corpus, data_files, is_hub_dataset, load_conversations, save_conversations
+from ctxlib.files import write
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
 from ctxlib.models import DTYPES, load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
 from ctxlib.params import InputError
-from ctxlib.results import file_digest, to_json, write
+from ctxlib.results import file_digest, to_json
 from ctxlib.scoring import (
     HeadReduction,
     Reading,

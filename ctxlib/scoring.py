@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from ctxlib.attention import record_allocation
 from ctxlib.conversations import Conversation, Corpus
+from ctxlib.files import write
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, pad_batch, role_map
 
@@ -110,8 +110,7 @@ def score_corpus(
         settings |= {"template": _template_hash(tokenizer), "data": corpus_hash(corpus)}
         settings |= {"conversations_per_part": conversations_per_part}
         folder = Path(shard_dir) / digest(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+        write(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
 
     starts = range(0, len(ids), conversations_per_part)
     chosen = [(i, corpus.conversations[s : s + conversations_per_part]) for i, s in enumerate(starts)][index::shards]
@@ -132,7 +131,7 @@ def score_corpus(
             rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
             parts.append(_frame(rows, reading, seed_model))
             if file:
-                _write_whole(file, parts[-1].to_parquet)
+                write(file, parts[-1].to_parquet())
 
     frame = pd.concat(parts, ignore_index=True) if parts else _frame([], reading, seed_model)
     scored = frame[frame["skipped"] == ""].drop(columns="skipped").reset_index(drop=True)
@@ -381,10 +380,3 @@ def _template_hash(tokenizer) -> str:
 def corpus_hash(corpus: Corpus) -> str:
     """12 hex digits of the conversations' ids, roles and texts."""
     return digest([[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations])
-
-
-def _write_whole(path: Path, write) -> None:
-    """Write beside, then rename: the file is there in whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(beside)
-    os.replace(beside, path)

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ctxlib"
 ORDER = [
     "params",
     "paper",
+    "files",
     "conversations",
     "rendering",
     "encoding",

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ctxlib.params import InputError, Params, load_params
-from ctxlib.results import code_version, file_digest, open_results, write
+from ctxlib.results import code_version, file_digest, open_results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,20 +121,6 @@ def test_claims_of_all_notebooks_stand_in_the_order_of_their_numbers(params):
 def test_a_table_that_is_not_there_says_what_to_run(params):
     with pytest.raises(InputError, match=r"tables/scores\.csv: no such table; first run"):
         open_results(params, "01_test").read_table("scores")
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = write(tmp_path / "t.csv", "old")
-
-    def full_disk(beside: Path, content: bytes) -> None:
-        beside.touch()
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        write(path, "new")
-    assert [inner.name for inner in tmp_path.iterdir()] == ["t.csv"]
-    assert path.read_text() == "old"
 
 
 def test_a_folder_digest_sees_names_and_contents(tmp_path):

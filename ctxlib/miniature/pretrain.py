@@ -5,7 +5,6 @@ in from the start are learned in minutes and looking up never comes. The loss fa
 """
 
 import json
-import os
 import random
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ctxlib.files import replacing
 from ctxlib.miniature import texts
 from ctxlib.miniature.tokenizer import SPECIAL, build_tokenizer
 from ctxlib.miniature.town import Town
@@ -217,8 +217,8 @@ def pretrain(out_dir: Path, recipe: Recipe, checkpoint_every: int = 100) -> None
             saved = step
             state = dict(recipe=asdict(recipe), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
             state |= dict(level=level, running=running, seconds=seconds, tokens=tokens, log=json.dumps(log))
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with replacing(checkpoint) as beside:
+                torch.save(state, beside)
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     (out_dir / "training.json").write_text(
