@@ -348,9 +348,9 @@ def test_two_turns_that_may_not_fit_are_refused_before_the_first_and_the_remedy_
         answer_turns(model, tokenizer, bench, **{**DECODING, "max_new_tokens": 300})
     assert not calls
     most = int(str(caught.value).rsplit(" ", 1)[1])
-    mt_bench._check_window(model, tokenizer, bench, most, "clean", None)
+    mt_bench.answers._check_window(model, tokenizer, bench, most, "clean", None)
     with pytest.raises(InputError):
-        mt_bench._check_window(model, tokenizer, bench, most + 1, "clean", None)
+        mt_bench.answers._check_window(model, tokenizer, bench, most + 1, "clean", None)
 
 
 # the judge
@@ -558,7 +558,7 @@ def test_a_key_is_taken_from_the_named_variable_and_only_far_servers_need_one(
     ],
 )
 def test_near_servers_are_this_machine_and_private_networks(url, near):
-    assert mt_bench._is_near(url) is near
+    assert mt_bench.judge._is_near(url) is near
 
 
 def test_no_server_no_package_and_senseless_numbers_are_told_before_any_work(server, judge, monkeypatch):
@@ -633,7 +633,7 @@ def test_the_judges_error_is_the_spread_of_means_over_judgements_repeated_many_t
         frame = ratings_frame(truth + sigma * rng.standard_normal((6, 2, 3)))
         frame = frame[~((frame["question"] == "q0") & (frame["repeat"] == 3))]  # unequal numbers of repeats
         means.append(question_ratings(frame).mean())
-        errors.append(mt_bench._judge_spread(frame))
+        errors.append(mt_bench.ratings._judge_spread(frame))
     variances, standard_errors = np.array(errors).T
     assert variances.mean() == pytest.approx(sigma**2, rel=0.05)
     assert np.std(means) == pytest.approx(np.mean(standard_errors), rel=0.12)

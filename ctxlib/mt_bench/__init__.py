@@ -1,0 +1,124 @@
+"""MT-Bench: both turns of every question, graded by any judge that speaks OpenAI's chat protocol.
+
+    bench = load_mt_bench("mt_bench")
+    answers = answer_turns(model, tokenizer, bench, max_new_tokens=1024, …)
+    ratings = judge_answers(answers, bench, Judge("gpt-4", repeats=3), "judgements.jsonl")
+    summarise_ratings(ratings)
+
+Questions, judge prompts and reference answers are read from a folder of the user's, in the format of FastChat's
+`llm_judge` (Zheng et al. 2023, arXiv 2306.05685). Single-answer grading, 1 to 10. Reading `clean`: both turns, as the
+benchmark is defined; `paper`: the first turn only (the paper's ratings are all multiples of 1/80, so one judgement a
+question). Answers are greedy, where FastChat draws some categories at a temperature of 0.1 or 0.7.
+"""
+
+import math
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from ctxlib.files import write
+from ctxlib.miniature import model_source
+from ctxlib.models import load_model, load_tokenizer, model_hash, require_chat_template
+from ctxlib.mt_bench.answers import ANSWER_COLUMNS, TURNS, answer_turns
+from ctxlib.mt_bench.judge import Judge, open_judge
+from ctxlib.mt_bench.judgements import (
+    NO_RATING,
+    RATING_COLUMNS,
+    REFUSED,
+    judge_answers,
+    judge_prompt,
+    parse_rating,
+)
+from ctxlib.mt_bench.questions import WITH_REFERENCE, Bench, Task, load_mt_bench
+from ctxlib.mt_bench.ratings import question_ratings, spent, summarise_ratings
+from ctxlib.params import Reading
+from ctxlib.results import file_digest, to_json
+
+__all__ = [
+    "ANSWER_COLUMNS",
+    "NO_RATING",
+    "RATING_COLUMNS",
+    "REFUSED",
+    "TURNS",
+    "WITH_REFERENCE",
+    "Bench",
+    "Judge",
+    "Task",
+    "answer_turns",
+    "evaluate",
+    "judge_answers",
+    "judge_prompt",
+    "load_mt_bench",
+    "open_judge",
+    "parse_rating",
+    "question_ratings",
+    "spent",
+    "summarise_ratings",
+]
+
+
+def evaluate(
+    model: str,
+    bench: Bench,
+    judge: Judge,
+    out: str | Path,
+    *,
+    reading: Reading = "clean",
+    indicator: str | None = None,
+    max_new_tokens: int = 1024,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    quantisation: str | None = None,
+    attention: Literal["sdpa", "eager"] = "sdpa",
+    chat_template: str | Path | None = None,
+    revision: str | None = None,
+    prices: tuple[int | float, int | float] | None = None,
+) -> tuple[pd.DataFrame, dict[str, int | float]]:
+    """MT-Bench of a model, into a folder: the summary, and what the judging took (`spent`).
+
+    The folder will hold answers.jsonl, ratings.csv, summary.csv and, written last, mt_bench.json (settings, sha256 of
+    the files, versions, counts); `cache/` and judgements.jsonl let a stopped run go on and spare questions that were
+    answered and judged before. The judge is looked for before the model is loaded.
+
+    Raises InputError as the functions above and `load_model` do.
+    """
+    out = Path(out)
+    client = open_judge(judge)
+    source = model_source(model)
+    tokenizer = load_tokenizer(source, chat_template=chat_template, revision=revision)
+    require_chat_template(tokenizer)
+    loaded = load_model(source, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
+    key = model_hash(source, revision=revision)
+    answers = answer_turns(
+        loaded,
+        tokenizer,
+        bench,
+        reading=reading,
+        indicator=indicator,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        model_key=key,
+        cache_dir=out / "cache",
+    )
+    write(out / "answers.jsonl", answers.to_json(orient="records", lines=True, force_ascii=False))
+    ratings = judge_answers(answers, bench, judge, out / "judgements.jsonl", client=client)
+    summary, taken = summarise_ratings(ratings), spent(ratings, prices)
+    settings = {"model": model, "model_hash": key, "reading": reading, "indicator": indicator, "dtype": dtype}
+    settings |= {"max_new_tokens": max_new_tokens, "quantisation": quantisation, "attention": attention}
+    settings |= {"revision": revision, "chat_template": tokenizer.chat_template, "judge": asdict(judge)}
+    manifest = {
+        "settings": settings,
+        "corrected_references": list(bench.corrected),
+        "files": {str(file): file_digest(file) for file in bench.files},
+        "spent": {name: None if math.isnan(value) else value for name, value in taken.items()},
+        "versions": {name: version(name) for name in ("ctxlib", "torch", "transformers", "openai")}
+        | {"python": platform.python_version()},
+    }
+    write(out / "ratings.csv", ratings.to_csv(index=False, lineterminator="\n"))
+    write(out / "summary.csv", summary.to_csv(index=False, lineterminator="\n"))
+    write(out / "mt_bench.json", to_json(manifest))
+    return summary, taken
