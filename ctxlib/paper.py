@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 THRESHOLD = 0.6  # β of every model in table 3
+ALPHA = 0.95  # of all that the paper steers
 TOP = 0.1  # the fraction of turns that figure 6 compares between layers
 KEYWORDS_ASKED = 400 * 7  # NIH: tests, and keywords of the needle in each
 SQUAD_QUAC_DROP = ("squad", "quac", "drop")
@@ -162,9 +163,12 @@ def tables() -> pd.DataFrame:
 
 def table(number: str | int) -> pd.DataFrame:
     """One table of the paper (1, 2, 3, 7, 9 or 10) in the shape of `tables`; KeyError for any other."""
-    keys, across, text = _PRINTED[str(number)]
-    wide = pd.read_csv(io.StringIO(text), sep=r"\s+", dtype=str, keep_default_na=False)
-    tall = wide.melt(keys, var_name=across, value_name="printed", ignore_index=False).sort_index(kind="stable")
+    keys, across, _ = _PRINTED[str(number)]
+    tall = (
+        as_printed(number)
+        .melt(keys, var_name=across, value_name="printed", ignore_index=False)
+        .sort_index(kind="stable")
+    )
     tall = tall[tall.printed != "-"].assign(table=str(number))
     constant = {
         "7": {"metric": "nih"},
@@ -182,10 +186,9 @@ def table(number: str | int) -> pd.DataFrame:
     return tall.assign(**tall[named].astype(str).fillna("")).reset_index(drop=True)
 
 
-def windows() -> dict[str, str]:
-    """The context window of each model as table 7 prints it."""
-    wide = pd.read_csv(io.StringIO(_PRINTED["7"][2]), sep=r"\s+", dtype=str)
-    return dict(zip(wide.model, wide.window, strict=True))
+def as_printed(number: str | int) -> pd.DataFrame:
+    """One table of the paper as it is printed, every cell a text; "-" is an empty cell."""
+    return pd.read_csv(io.StringIO(_PRINTED[str(number)][2]), sep=r"\s+", dtype=str, keep_default_na=False)
 
 
 def table_10() -> pd.DataFrame:
@@ -320,7 +323,7 @@ def inconsistencies() -> pd.DataFrame:
         (
             "7",
             "windows are said to be 4K to 32K",
-            ", ".join(f"{model}: {window}" for model, window in windows().items() if int(window[:-1]) > 32),
+            ", ".join(f"{r.model}: {r.window}" for r in as_printed(7).itertuples() if int(r.window[:-1]) > 32),
         ),
         (
             "1, 7",
@@ -340,7 +343,7 @@ def inconsistencies() -> pd.DataFrame:
         ),
         (
             "1, 3, 7",
-            f"NIH counts {KEYWORDS_ASKED:,} keywords (400 tests of 7); some cells are cut after the last digit, some rounded",
+            f"NIH counts {KEYWORDS_ASKED:,} keywords (400 × 7); some cells are cut at the last digit, some rounded",
             f"cut: {counted['cut']}; rounded up: {counted['rounded']}",
         ),
         (
@@ -350,6 +353,13 @@ def inconsistencies() -> pd.DataFrame:
         ),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["tables", "says", "numbers"])
+
+
+def notes(number: str | int) -> list[str]:
+    """The inconsistencies that concern one table, a line each."""
+    rows = inconsistencies()
+    rows = rows[rows.tables.str.split(", ").map(lambda named: str(number) in named)]
+    return [f"table {row.tables}: {row.says}: {row.numbers}" for row in rows.itertuples()]
 
 
 def table_9_against_3() -> pd.DataFrame:

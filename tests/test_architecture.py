@@ -25,6 +25,7 @@ ORDER = [
     "qa",
     "instructions",
     "results",
+    "comparison",
     "figures",
     "miniature",
     "score_folder",

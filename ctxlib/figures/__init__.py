@@ -13,6 +13,7 @@ from ctxlib.figures.answers import (
     steering_curve,
 )
 from ctxlib.figures.attention import allocation_by_role, allocation_shift, head_map
+from ctxlib.figures.beside import directions_forest, pairs_beside, recall_errors
 from ctxlib.figures.scores import (
     fractions_over_beta,
     layer_agreement,
@@ -32,6 +33,7 @@ __all__ = [
     "allocation_shift",
     "bars_with_intervals",
     "claims_forest",
+    "directions_forest",
     "fractions_over_beta",
     "head_map",
     "label_strip",
@@ -41,7 +43,9 @@ __all__ = [
     "loss_curves",
     "needle_heatmap",
     "needle_maps",
+    "pairs_beside",
     "recall_by_condition",
+    "recall_errors",
     "roc_and_pr",
     "role_strip",
     "role_strip_html",
