@@ -15,6 +15,7 @@ NEEDS = {
     "02_context_dependency": [],
     "03_indicator_sft": ["02_context_dependency"],
     "04_evaluation": ["01_attention_shift", "03_indicator_sft"],  # its last figure shows the claims of all
+    "05_figures_and_tables": ["04_evaluation"],
 }
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")

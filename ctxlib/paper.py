@@ -359,7 +359,7 @@ def notes(number: str | int) -> list[str]:
     """The inconsistencies that concern one table, a line each."""
     rows = inconsistencies()
     rows = rows[rows.tables.str.split(", ").map(lambda named: str(number) in named)]
-    return [f"table {row.tables}: {row.says}: {row.numbers}" for row in rows.itertuples()]
+    return [f"table {row.tables}: {row.says}. {row.numbers}" for row in rows.itertuples()]
 
 
 def table_9_against_3() -> pd.DataFrame:

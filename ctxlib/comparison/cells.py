@@ -51,7 +51,7 @@ def compare(found: Sequence[Experiment]) -> pd.DataFrame:
     order = {number: place for place, number in enumerate(theirs.table.unique())}
     rows = rows.sort_values("table", key=lambda numbers: numbers.map(order), kind="stable", ignore_index=True)
     rows["difference"] = (rows.ours - rows.paper).where(rows.same.eq(True)).round(6)
-    return rows.reindex(columns=BESIDE)
+    return rows.reindex(columns=BESIDE).astype({"n": "Int64", "seed": "Int64"})
 
 
 def ours_in(beside: pd.DataFrame, number: int) -> pd.DataFrame:
@@ -63,8 +63,8 @@ def ours_in(beside: pd.DataFrame, number: int) -> pd.DataFrame:
 def pairs(beside: pd.DataFrame) -> pd.DataFrame:
     """Table 3 of `compare` as pairs, vanilla and [IND]: panel, row, side, condition, value, ci_low, ci_high.
 
-    `side` is "paper" or the experiment. A run of ours in the paper's row shares it; our other experiments have rows and,
-    for what the paper did not ask, panels of their own.
+    `side` is "paper" or the experiment. A run of ours in the paper's row shares it; our other experiments have rows
+    and, for what the paper did not ask, panels of their own.
     """
     panels = {"nih": "NIH", "squad": "SQuAD", "quac": "QuAC", "drop": "DROP", "mt_bench": "MT-Bench (rating)"}
     panels |= {"passages": "passages", "instructions": "instructions"}
@@ -124,7 +124,7 @@ def _official(experiment: Experiment) -> Iterator[pd.DataFrame]:
 
 def _dataset(experiment: Experiment) -> Iterator[pd.DataFrame]:
     frame = experiment.table("dataset")
-    frame = frame[(frame.dataset == experiment.name) & ~frame.metric.astype(str).str.startswith("dropped")]
+    frame = frame[(frame.dataset == "ours") & ~frame.metric.astype(str).str.startswith("dropped")]
     same = experiment.dataset in paper.DATASETS.values()
     n = experiment.setting("conversations.n")
     note = f"the first {n:,} alone" if same and n else ""

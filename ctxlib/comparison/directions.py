@@ -27,7 +27,7 @@ def directions(found: Sequence[Experiment]) -> pd.DataFrame:
     rows["paper"] = rows.key.map(signs).fillna("no numbers printed")
     rows["agrees"] = [_agrees(*row) for row in zip(rows.paper_says, rows.value, rows.ci_low, rows.ci_high, strict=True)]
     first = [*paper.CLAIMS.columns, "paper", *CHANGES[1:], "agrees", "seed", "experiment"]
-    return rows.reindex(columns=first)
+    return rows.reindex(columns=first).astype({"n": "Int64", "seed": "Int64"})
 
 
 def _signs(values: pd.Series) -> str:

@@ -1,0 +1,331 @@
+"""Experiments made by hand, each cell of which is known, beside the paper's tables and its directions."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctxlib import comparison, paper
+from ctxlib.conversations import Conversation, Corpus, Message
+from ctxlib.params import InputError, load_params
+
+ROOT = Path(__file__).resolve().parents[1]
+VANILLA, INDICATED = "vanilla", "indicator + [IND]"
+
+
+def values(**columns) -> pd.DataFrame:
+    """A frame as `metrics.summarise` gives it; `value` is there, the interval is 0.02 to either side, n is 400."""
+    frame = pd.DataFrame(columns)
+    return frame.assign(ci_low=frame["value"] - 0.02, ci_high=frame["value"] + 0.02, n=400)
+
+
+def write(outputs: Path, params_file: str, tables: dict[str, pd.DataFrame], **overrides) -> Path:
+    """An experiment's folder as `ctxlib run` leaves it, with these tables."""
+    params = load_params(ROOT / "params" / params_file, {"outputs": str(outputs), **overrides})
+    (params.output_dir / "tables").mkdir(parents=True)
+    for name, frame in tables.items():
+        frame.to_csv(params.output_dir / "tables" / f"{name}.csv", index=False)
+    manifest = {"experiment": params.experiment, "params": params.model_dump(mode="json"), "notebooks": {}}
+    (params.output_dir / "manifest.json").write_text(json.dumps(manifest))
+    return params.output_dir
+
+
+def evaluation(metric: str = "needle_recall") -> pd.DataFrame:
+    return values(
+        condition=[VANILLA, "indicator", INDICATED, VANILLA],
+        template=["on", "on", "on", "off"],
+        task="needle",
+        metric=metric,
+        value=[0.95, 0.5, 0.97, 0.1],
+    )
+
+
+def passages() -> pd.DataFrame:
+    return values(
+        condition=[VANILLA, INDICATED] * 3,
+        template="on",
+        dataset=["squad"] * 2 + ["quac"] * 2 + ["drop"] * 2,
+        metric="containment",
+        value=[0.58, 0.64, 0.15, 0.16, 0.30, 0.25],
+    )
+
+
+def cell(frame: pd.DataFrame, **where) -> pd.Series:
+    for key, value in where.items():
+        frame = frame[frame[key] == value]
+    assert len(frame) == 1, frame
+    return frame.iloc[0]
+
+
+@pytest.fixture
+def matching(tmp_path) -> Path:
+    tables = {"evaluation": evaluation(), "passages": passages()}
+    tables["fractions_over_beta"] = pd.DataFrame(
+        {"layer": [14, 15], "threshold": 0.6, "fraction": [0.5, 0.12], "low": 0.11, "high": 0.13, "n": 300_000}
+    )
+    tables["dataset"] = pd.DataFrame(
+        {"dataset": ["ShareGPT", "ours", "ours"], "metric": ["conversations", "conversations", "dropped: empty"]}
+    ).assign(value=[93_645, 93_600, 500])
+    return write(tmp_path, "tinyllama-sharegpt.yaml", tables)
+
+
+def test_a_run_of_the_paper_stands_in_its_row_with_the_difference(matching):
+    beside = comparison.compare(comparison.experiments(matching.parent))
+    row = {"dataset": "ShareGPT", "model": "TinyLlama", "experiment": "tinyllama-sharegpt"}
+    vanilla = cell(beside, table="3", condition=VANILLA, metric="nih", **row)
+    assert (vanilla.paper, vanilla.ours, vanilla.n, vanilla.seed) == (0.9846, 0.95, 400, 42)
+    assert vanilla.difference == pytest.approx(0.95 - 0.9846)
+    assert (vanilla.ci_low, vanilla.ci_high) == pytest.approx((0.93, 0.97))
+    squad = cell(beside, table="3", condition=INDICATED, metric="squad", **row)
+    assert squad.difference == pytest.approx(0.64 - 0.6205)
+    assert squad.note == "qa.reading clean"
+    assert cell(beside, table="9", threshold=0.6, metric="squad", **row).difference == pytest.approx(0.64 - 0.6144)
+    assert cell(beside, table="9", threshold=1.0, metric="drop", **row).difference == pytest.approx(0.30 - 0.2739)
+    fraction = cell(beside, table="10", threshold=0.6, dataset="ShareGPT")
+    assert (fraction.ours, fraction.difference) == pytest.approx((0.12, 0.02))
+    data = cell(beside, table="2", metric="conversations", dataset="ShareGPT")
+    assert (data.ours, data.difference) == (93_600, -45)
+    assert beside.paper.notna().sum() == len(paper.tables())  # every cell once, measured or not
+    assert beside.ours.notna().sum() == 2 + 6 + 6 + 1 + 1
+
+
+def test_needles_counted_another_way_have_no_difference_and_the_note_says_so(tmp_path):
+    write(tmp_path, "tinyllama-sharegpt.yaml", {"evaluation": evaluation("recalled")})
+    rows = comparison.ours_in(comparison.compare(comparison.experiments(tmp_path)), 3)
+    assert list(rows.ours) == [0.95, 0.97] and list(rows.paper) == [0.9846, 0.9921]
+    assert "difference" not in rows and rows.note.str.contains("all keywords").all()
+
+
+def test_a_run_cut_short_says_in_what_it_departs_from_the_paper(tmp_path):
+    write(
+        tmp_path,
+        "tinyllama-sharegpt.yaml",
+        {"evaluation": evaluation()},
+        **{"finetune.steps": 10, "finetune.epochs": None, "conversations.n": 100, "finetune.batch_size": 2},
+    )
+    (found,) = comparison.experiments(tmp_path)
+    told = ["conversations.n 100 (paper: None)", "finetune.steps 10 (paper: None)"]
+    told += ["finetune.epochs None (paper: 1.0)", "batch 16 (paper: 128)"]
+    assert comparison.departures(found) == told
+    assert set(comparison.ours_in(comparison.compare([found]), 3).note) == {"; ".join(told)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_the_nine_params_files_depart_in_nothing(path, tmp_path):
+    write(tmp_path, path.name, {})
+    (found,) = comparison.experiments(tmp_path)
+    assert found.is_a_row and comparison.departures(found) == []
+
+
+def test_other_models_are_shown_below_the_papers_rows_without_a_difference(tmp_path):
+    changed = values(task="qa", metric="containment", condition=[VANILLA, INDICATED], template="on", value=[0.5, 0.9])
+    of_town = passages().assign(dataset="unknown").iloc[:2]
+    write(tmp_path, "miniature.yaml", {"evaluation": pd.concat([evaluation(), changed]), "passages": of_town})
+    found = comparison.experiments(tmp_path)
+    assert not found[0].is_a_row
+    beside = comparison.compare(found)
+    ours = beside[beside.experiment == "miniature"]
+    assert ours.paper.isna().all() and ours.difference.isna().all()
+    assert set(ours.metric[ours.table == "3"]) == {"nih", "unknown", "passages"}
+    of_table_3 = beside[beside.table == "3"]
+    assert of_table_3.paper.notna().to_numpy().argmin() == 100  # below all of the paper's
+    pairs = comparison.pairs(beside)
+    assert set(pairs.panel[pairs.side == "miniature"]) == {"NIH", "passages"}
+    assert pairs.row[pairs.side == "paper"].nunique() == 9
+
+
+def test_an_experiment_of_which_little_ran_has_fewer_rows_and_nothing_else(matching):
+    whole = comparison.compare(comparison.experiments(matching.parent))
+    (matching / "tables" / "passages.csv").unlink()
+    partial = comparison.compare(comparison.experiments(matching.parent))
+    kept = partial.dropna(subset="ours")
+    assert len(kept) == whole.ours.notna().sum() - 12
+    for table in (matching / "tables").iterdir():
+        table.unlink()
+    found = comparison.experiments(matching.parent)
+    assert comparison.compare(found).ours.isna().all()
+    assert set(comparison.directions(found).agrees) == {"not measured"}
+    assert set(comparison.recall_errors(found).side) == {"paper"}
+    assert comparison.gather(found, "scores").empty
+
+
+def test_no_experiment_at_all_leaves_the_paper(tmp_path):
+    assert comparison.experiments(tmp_path) == comparison.experiments(tmp_path / "nothing") == []
+    beside = comparison.compare([])
+    assert len(beside) == len(paper.tables()) and beside.ours.isna().all()
+    assert set(comparison.directions([]).agrees) == {"not measured"}
+    assert set(comparison.pairs(beside).side) == {"paper"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"experiment": "x"}', "params"),
+        ('{"experiment": 1, "params": 2}', "Attr"),
+    ],
+)
+def test_a_broken_manifest_is_named(matching, content, says):
+    (matching / "manifest.json").write_text(content)
+    with pytest.raises(
+        InputError, match=rf"tinyllama-sharegpt/manifest\.json: not a manifest .*{says}.*run the experiment"
+    ):
+        comparison.experiments(matching.parent)
+
+
+def test_a_table_that_lacks_a_column_or_is_empty_is_named(matching):
+    table = matching / "tables" / "passages.csv"
+    passages().drop(columns="dataset").to_csv(table, index=False)
+    with pytest.raises(InputError, match=r"passages\.csv: no column 'dataset'; run the notebook"):
+        comparison.experiments(matching.parent)
+    table.write_text("")
+    with pytest.raises(InputError, match=r"passages\.csv: not a table"):
+        comparison.experiments(matching.parent)
+
+
+def test_a_setting_that_an_old_manifest_lacks_is_named(matching):
+    manifest = json.loads((matching / "manifest.json").read_text())
+    del manifest["params"]["scoring"]["layer"]
+    (matching / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest\.json: params: no key 'scoring\.layer'; run the experiment again"):
+        comparison.compare(comparison.experiments(matching.parent))
+
+
+def test_the_unpaired_interval_is_newcombes():
+    """56 of 70 against 48 of 80: 0.20, 95 % interval 0.0524 to 0.3339 (Newcombe 1998, table II, method 10)."""
+    from ctxlib.metrics import wilson_interval
+
+    rows = [(side, "x", hits / n, *wilson_interval(hits, n), n) for side, hits, n in (("a", 56, 70), ("b", 48, 80))]
+    frame = pd.DataFrame(rows, columns=["side", "by", "value", "ci_low", "ci_high", "n"])
+    (row,) = comparison.minus(frame, "side", "a", "b", ["by"]).itertuples()
+    assert (row.value, row.ci_low, row.ci_high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert row.n == 70
+    assert comparison.minus(frame, "side", "a", "nobody", ["by"]).empty
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "agrees"),
+    [(0.1, "nih", "yes"), (-0.1, "nih", "no"), (0.01, "nih", "open"), (0.02, "nih", "open"), (0.02, "mt_bench", "yes"),
+     (-0.1, "mt_bench", "no")],
+)  # fmt: skip
+def test_a_direction_agrees_only_where_the_interval_lies_on_one_side(tmp_path, value, key, agrees):
+    task, metric = {"nih": ("needle", "recalled"), "mt_bench": ("instructions", "followed")}[key]
+    change = values(
+        task=task, metric=metric, template="on", after=INDICATED, before=[VANILLA, "indicator"], value=value
+    )
+    change.loc[1, "value"] = 9.0  # another comparison
+    write(tmp_path, "miniature.yaml", {"evaluation_changes": change})
+    row = cell(comparison.directions(comparison.experiments(tmp_path)), key=f"indicator_{key}")
+    assert (row.agrees, row.value, row.interval) == (agrees, value, "paired")
+
+
+def test_directions_of_the_template_of_steering_and_of_the_layers(tmp_path):
+    conditions = [paper.PRETRAINED, paper.IN_TEMPLATE, paper.IN_RAW]
+    recall = pd.concat(
+        values(condition=conditions, kind="unknown", prefix=prefix, metric="recalled", value=told)
+        for prefix, told in ((True, [1.0, 0.6, 0.61]), (False, [0.1, 0.2, 0.3]))
+    )
+    steering = values(
+        steering_alpha=[1.0, 0.95, 0.1, 1.0], task=["text needles"] * 3 + ["known facts"], value=[0.5, 0.6, 0.9, 1]
+    )
+    cures = values(
+        treatment=["steering α=0.95", "indicator SFT, [IND]"] * 2,
+        reading=["mean over heads"] * 2 + ["retrieval head"] * 2,
+        layer=3,
+        value=[0.3, 0.1, 0.3, 0.1],
+    )
+    shift = values(
+        condition=["retrieval head (paper)"] * 3,
+        layer=[3, 3, 2],
+        role=["user", "assistant", "user"],
+        value=[-0.1, 0.1, 5],
+    )
+    pairs = [(a, b) for a in range(6) for b in range(6)]
+    agreement = pd.DataFrame(pairs, columns=["layer", "other_layer"]).assign(
+        reading="top 10 % (the paper's text)", n=50
+    )
+    agreement["disagreement"] = np.where(agreement.layer + agreement.other_layer == 5, 0.2, 0.8)
+    tables = {
+        "needle_recall": recall,
+        "steering": steering,
+        "steering_against_indicator": cures,
+        "attention_shift": shift,
+    }
+    write(tmp_path, "miniature.yaml", tables | {"layer_agreement": agreement})
+    rows = comparison.directions(comparison.experiments(tmp_path)).set_index("key")
+    told = rows[rows.agrees != "not measured"]
+    assert told.agrees.to_dict() == {
+        "template_below_pretrained": "yes",
+        "template_below_raw": "open",
+        "steering_nih": "yes",
+        "shift_user": "yes",
+        "shift_assistant": "yes",
+        "steering_over_sft": "yes",
+        "sft_over_steering": "no",
+        "middle_layers_agree": "no interval",
+    }
+    assert told.value["template_below_pretrained"] == pytest.approx(-0.4)
+    assert told.value["steering_nih"] == pytest.approx(0.1)
+    assert told.value["middle_layers_agree"] == pytest.approx(0.2 - (3 * 0.2 + 12 * 0.8) / 15)
+
+
+def test_figure_2_is_the_complement_of_table_7_and_of_our_recall(tmp_path):
+    recall = values(
+        condition=[paper.IN_TEMPLATE] * 2, kind="unknown", prefix=[True, False], metric="recalled", value=[0.6, 0.1]
+    )
+    write(tmp_path, "miniature.yaml", {"needle_recall": recall})
+    errors = comparison.recall_errors(comparison.experiments(tmp_path))
+    theirs = errors[errors.side == "paper"].set_index(["model", "condition"])
+    assert len(theirs) == 8 * 3
+    mistral = theirs.loc[("mistral-v0.3", paper.IN_TEMPLATE)]
+    assert mistral.value == pytest.approx(0.1529) and np.isnan(mistral.ci_low)
+    llama = theirs.loc[("Llama-2-13b", paper.IN_RAW)]
+    assert (llama.value, llama.ci_low, llama.ci_high) == pytest.approx((0.0387, 0.0323, 0.0451))
+    (ours,) = errors[errors.side == "ours"].itertuples()
+    assert (ours.model, ours.value, ours.ci_low, ours.ci_high) == (
+        "miniature: unknown",
+        *map(pytest.approx, (0.4, 0.38, 0.42)),
+    )
+
+
+def test_an_official_model_stands_in_its_row_of_table_7(tmp_path):
+    recall = values(
+        condition=[paper.IN_TEMPLATE] * 2, kind="text", prefix=[True, False], metric="needle_recall", value=[0.9, 0.8]
+    )
+    overrides = {"models.instruct": "google/gemma-2-9b-it", "models.pretrained": "google/gemma-2-9b"}
+    write(tmp_path, "tinyllama-sharegpt.yaml", {"needle_recall": recall}, **overrides)
+    beside = comparison.compare(comparison.experiments(tmp_path))
+    row = {"table": "7", "model": "gemma-2-9b", "metric": "nih"}
+    assert cell(beside, condition=paper.IN_TEMPLATE, **row).difference == pytest.approx(0.9 - 0.9803)
+    assert cell(beside, condition=paper.WITHOUT_PREFIX, **row).difference == pytest.approx(0.8 - 0.9872)
+
+
+def test_two_experiments_in_one_row_are_both_there(matching):
+    again = shutil.copytree(matching, matching.parent / "again")
+    manifest = json.loads((again / "manifest.json").read_text()) | {"experiment": "again"}
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    beside = comparison.compare(comparison.experiments(matching.parent))
+    rows = beside[(beside.table == "3") & (beside.metric == "nih") & beside.ours.notna()]
+    assert list(rows.experiment) == ["again", "tinyllama-sharegpt"] * 2
+    assert comparison.pairs(beside).query("side == 'paper' and panel == 'NIH'").shape[0] == 18
+
+
+def test_a_corpus_is_counted_in_conversations_answers_and_tokens_of_their_texts(tokenizer):
+    turns = [Message("user", "abc"), Message("assistant", "de"), Message("user", "f"), Message("assistant", "ghij")]
+    short = [Message("system", "s"), Message("user", "é"), Message("assistant", "!"), Message("user", "unanswered")]
+    dropped = pd.DataFrame({"reason": ["empty turn"], "n": [3]})
+    corpus = Corpus((Conversation("1", tuple(turns)), Conversation("2", tuple(short))), dropped, "made")
+    counts = comparison.dataset_counts(corpus, tokenizer).set_index("metric")["value"]
+    byte_level = (len("abcdefghij") + len("sé!unanswered".encode())) / 2
+    assert counts.to_dict() == {
+        "tokens_per_conversation": byte_level,
+        "conversations": 2,
+        "instructions": 3,
+        "dropped: empty turn": 3,
+    }
+    nothing = comparison.dataset_counts(Corpus((), dropped, "made"), tokenizer)
+    assert np.isnan(nothing["value"].iloc[0])
