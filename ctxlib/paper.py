@@ -14,7 +14,8 @@ import pandas as pd
 THRESHOLD = 0.6  # β of every model in table 3
 ALPHA = 0.95  # of all that the paper steers
 TOP = 0.1  # the fraction of turns that figure 6 compares between layers
-KEYWORDS_ASKED = 400 * 7  # NIH: tests, and keywords of the needle in each
+NEEDLES = 400  # tests of an NIH run
+KEYWORDS_ASKED = NEEDLES * 7  # keywords of the needle
 SQUAD_QUAC_DROP = ("squad", "quac", "drop")
 VANILLA, INDICATED = "vanilla", "indicator + [IND]"
 PRETRAINED, IN_TEMPLATE, IN_RAW = "pretrained, raw text", "instruct, chat template", "instruct, raw text"

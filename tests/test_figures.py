@@ -56,6 +56,16 @@ CLAIMS = values(claim=["1 recall falls under the template " * 3, "2 attention to
     threshold=[0.2, np.nan], holds=[True, False], seed=0
 )
 BARS = values(model=["small", "large"], condition=CONDITIONS)
+PAIRS = values(panel=["NIH", "MT-Bench"], row=["a", "b"], side=["paper", "$x"], condition=["vanilla", "[IND]"])
+PAIRS = PAIRS.assign(value=PAIRS["value"] * np.where(PAIRS["panel"] == "NIH", 1, 9))
+DIRECTIONS = values(key=["up", "down", "flat", "bare", "unmeasured"]).assign(
+    claim=lambda frame: "the claim " + frame["key"],
+    paper_says="up",
+    paper="2 up of 2",
+    measured="layer 3",
+    experiment="town",
+    agrees=["yes", "no", "open", "no interval", "not measured"],
+)
 
 DRAWN = {
     "role_strip": lambda: figures.role_strip(TOKENS),
@@ -65,6 +75,10 @@ DRAWN = {
     "recall": lambda: figures.recall_by_condition(BARS, xlabel="needle (kind)", paper=BARS),
     "recall_error": lambda: figures.recall_by_condition(BARS, xlabel="model (size)", error=True, paper=BARS),
     "claims": lambda: figures.claims_forest(CLAIMS),
+    "errors": lambda: figures.recall_errors(values(side=["paper", "ours"], model=["a", "$x"], condition=CONDITIONS)),
+    "pairs": lambda: figures.pairs_beside(PAIRS),
+    "pairs_of_the_paper": lambda: figures.pairs_beside(PAIRS[PAIRS["side"] == "paper"].assign(n=8)),
+    "directions": lambda: figures.directions_forest(DIRECTIONS, paper=values(key=["up", "down"])),
     "steering": lambda: figures.steering_curve(
         values(task=["needle", "facts"], steering_alpha=[1.0, 0.95, 0.5, 0.01]), paper=values(task=["needle"])
     ),
@@ -166,6 +180,33 @@ def test_bars_stand_at_their_values_and_the_papers_lines_over_them():
     theirs = [lines for lines in ax.collections if isinstance(lines, LineCollection) and lines.get_zorder() == 4]
     assert len(theirs) == len(CONDITIONS)
     assert {height for lines in theirs for segment in lines.get_segments() for _, height in segment} == {0.33}
+
+
+def test_the_papers_errors_and_ours_stand_in_panels_of_their_own_at_their_values():
+    frame = values(side=["paper", "ours"], model=["a", "b"], condition=CONDITIONS)
+    figure = figures.recall_errors(frame)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["paper", "ours"]
+    for ax, side in zip(figure.axes, ("paper", "ours"), strict=True):
+        expected = (
+            frame[frame["side"] == side].pivot(index="condition", columns="model", values="value").loc[CONDITIONS]
+        )
+        assert [bar.get_height() for bar in ax.patches] == pytest.approx(expected.to_numpy().ravel())
+
+
+def test_pairs_stand_at_their_values_hollow_before_and_filled_after():
+    axes = figures.pairs_beside(PAIRS).axes
+    for ax, (_, part) in zip(axes, PAIRS.groupby("panel", sort=False), strict=True):
+        dots = [line for line in ax.lines if line.get_marker() == "o"]
+        assert sorted(dot.get_xdata()[0] for dot in dots) == pytest.approx(sorted(part["value"]))
+        hollow = sorted(dot.get_xdata()[0] for dot in dots if dot.get_markerfacecolor() == "white")
+        assert hollow == pytest.approx(sorted(part.loc[part["condition"] == "vanilla", "value"]))
+
+
+def test_a_direction_is_drawn_where_it_was_measured_and_nowhere_else():
+    (ax,) = figures.directions_forest(DIRECTIONS).axes
+    points = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.lines if line.get_marker() in tuple("oXDs")}
+    assert points == pytest.approx(dict(enumerate(DIRECTIONS["value"][:4])))
+    assert [text.get_text() for text in ax.texts][-1] == "not measured"
 
 
 def test_a_role_has_one_colour_in_every_figure():

@@ -8,7 +8,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ctxlib import paper
-from ctxlib.comparison.outputs import Experiment, needle_rows, stack
+from ctxlib.comparison.outputs import VALUES, Experiment, needle_rows, stack
 from ctxlib.conversations import Corpus
 from ctxlib.paper import ALPHA, INDICATED, SQUAD_QUAC_DROP, VANILLA
 
@@ -61,7 +61,7 @@ def ours_in(beside: pd.DataFrame, number: int) -> pd.DataFrame:
 
 
 def pairs(beside: pd.DataFrame) -> pd.DataFrame:
-    """Table 3 of `compare` as pairs, vanilla and [IND]: panel, row, side, condition, value, ci_low, ci_high.
+    """Table 3 of `compare` as pairs, vanilla and [IND]: panel, row, side, condition, value, ci_low, ci_high, n.
 
     `side` is "paper" or the experiment. A run of ours in the paper's row shares it; our other experiments have rows
     and, for what the paper did not ask, panels of their own.
@@ -73,14 +73,14 @@ def pairs(beside: pd.DataFrame) -> pd.DataFrame:
     ]
     rows = rows.assign(row=rows.dataset + " · " + rows.model)
     theirs = rows[rows.paper.notna()].drop_duplicates(paper.KEYS)
-    theirs = theirs.assign(side="paper", value=theirs.paper, ci_low=np.nan, ci_high=np.nan)
+    theirs = theirs.assign(side="paper", value=theirs.paper, ci_low=np.nan, ci_high=np.nan, n=pd.NA)
     ours = rows[rows.ours.notna()]
     own_row = ours.row.where(ours.paper.notna(), ours.experiment)
     named = [theirs, ours.assign(side=ours.experiment, value=ours.ours, row=own_row)]
     shown = stack(named, []).assign(panel=lambda frame: frame.metric.map(panels))
     order = {name: place for place, name in enumerate(panels.values())}
     shown = shown.sort_values("panel", key=lambda names: names.map(order), kind="stable", ignore_index=True)
-    return shown[["panel", "row", "side", "condition", "value", "ci_low", "ci_high"]]
+    return shown[["panel", "row", "side", "condition", *VALUES]]
 
 
 def _rows(part: pd.DataFrame, number: int, same: bool, note: str = "", **keys: Any) -> pd.DataFrame:

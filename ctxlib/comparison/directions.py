@@ -132,7 +132,7 @@ def _layers(experiment: Experiment) -> Iterator[pd.DataFrame]:
 
 
 def recall_errors(found: Sequence[Experiment]) -> pd.DataFrame:
-    """Figure 2, the paper's beside ours: side, model, condition, value, ci_low, ci_high; fractions in [0, 1].
+    """Figure 2, the paper's beside ours: side, model, condition, value, ci_low, ci_high, n; fractions in [0, 1].
 
     The paper's are 1 - table 7, with ± 1 standard deviation over its four prompts where it prints one; ours are 1 -
     recall with its 95 % interval. All with the response prefix.
@@ -140,13 +140,13 @@ def recall_errors(found: Sequence[Experiment]) -> pd.DataFrame:
     shown = [paper.PRETRAINED, paper.IN_TEMPLATE, paper.IN_RAW]
     theirs = paper.table(7)
     theirs = theirs[theirs.condition.isin(shown)].assign(side="paper", ci_low=lambda rows: rows.value - rows.sd)
-    theirs = theirs.assign(ci_high=theirs.value + theirs.sd)
+    theirs = theirs.assign(ci_high=theirs.value + theirs.sd, n=paper.NEEDLES)
     ours = []
     for one in found:
         frame, _ = needle_rows(one.table("needle_recall"))
         frame = frame[frame.prefix.eq(True)]
         ours.append(frame.assign(side="ours", model=f"{one.name}: " + frame.kind.astype(str)))
-    columns = ["side", "model", "condition", "value", "ci_low", "ci_high"]
+    columns = ["side", "model", "condition", *VALUES]
     recall = stack([theirs, *ours], columns)[columns]
     order = {name: place for place, name in enumerate(shown)}
     recall = recall.sort_values("condition", key=lambda names: names.map(order), kind="stable", ignore_index=True)

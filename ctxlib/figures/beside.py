@@ -31,7 +31,7 @@ _VERDICTS = {"yes": (GREEN, "o"), "no": (RED, "X"), "open": ("#E69F00", "D"), "n
 def recall_errors(
     frame: pd.DataFrame, *, title: str | None = "Recall error of the needle", subtitle: str | None = None
 ) -> Figure:
-    """The paper's Figure 2 beside ours: bars of (side, model, condition, value, ci_low, ci_high), a panel a side.
+    """The paper's Figure 2 beside ours: bars of (side, model, condition, value, ci_low, ci_high, n), a panel a side.
 
     The first three values of `condition` are green, red and blue: pretrained, instruct with template, instruct without.
     """
@@ -44,7 +44,9 @@ def recall_errors(
         draw_bars(ax, part, "model", "condition", colours, None)
         top = np.nanmax([part["value"].max(), part["ci_high"].max(), 0.02])
         ax.set(title=str(side), ylabel="needle recall error (fraction)", ylim=(0, min(1.0, 1.08 * top)))
+        ax.set_xlabel("model (of Table 7)" if side == "paper" else "experiment (kind of needle)")
     note = "whiskers: paper ± 1 sd over four prompts (none: one prompt), ours 95 % interval · scales differ"
+    note = f"{note} · {footnote(None, frame, 'needles')}"
     return finish(fig, title, subtitle, note, patches(colours))
 
 
@@ -55,7 +57,7 @@ def pairs_beside(
     title: str | None = "Before and after, the paper's and ours",
     subtitle: str | None = None,
 ) -> Figure:
-    """Table 3 as dumbbells: (panel, row, side, condition, value[, ci_low, ci_high]), the two conditions joined.
+    """Table 3 as dumbbells: (panel, row, side, condition, value, ci_low, ci_high, n), the two conditions joined.
 
     Rows with `side` "paper" are grey, others coloured with their intervals; hollow is the first condition, filled the
     second. Panels share the rows, not the scale.
@@ -64,15 +66,17 @@ def pairs_beside(
     before = frame["condition"].unique()[0]
     fig, axes = new_figure(1, len(panels), 3.0 + 2.1 * len(panels), 0.9 + 0.24 * len(rows), sharey=True)
     for ax, panel in zip(axes[0], panels, strict=True):
-        for (row, side), pair in frame[frame["panel"] == panel].groupby(["row", "side"], sort=False):
-            colour, place = (GREY if side == "paper" else BLUE), rows.index(row) + (0.22 if side != "paper" else 0)
-            ax.plot(pair["value"], [place] * len(pair), color=colour, lw=1.6, zorder=2)
-            for point in pair.itertuples():
-                if side != "paper":
+        for row, in_row in frame[frame["panel"] == panel].groupby("row", sort=False):
+            for step, (side, pair) in enumerate(in_row.groupby("side", sort=False)):
+                colour, place = (GREY if side == "paper" else BLUE), rows.index(row) + 0.22 * step
+                ax.plot(pair["value"], [place] * len(pair), color=colour, lw=1.6, zorder=2)
+                for point in pair.itertuples():
                     ax.plot([point.ci_low, point.ci_high], [place] * 2, color=colour, lw=4, alpha=0.3, zorder=1)
-                face = "white" if point.condition == before else colour
-                ax.plot(point.value, place, "o", color=colour, mfc=face, mec=colour, ms=5.5, zorder=3)
+                    face = "white" if point.condition == before else colour
+                    ax.plot(point.value, place, "o", color=colour, mfc=face, mec=colour, ms=5.5, zorder=3)
+        rated = frame.loc[frame["panel"] == panel, "value"].max() > 1
         ax.set(title=drawable(str(panel)), ylim=(len(rows) - 0.4, -0.6))
+        ax.set_xlabel("mean rating (1 to 10)" if rated else "right answers (fraction)")
         ax.margins(x=0.08)
         ax.set_yticks(range(len(rows)), rows)
         ax.tick_params(axis="y", length=0)
@@ -84,7 +88,10 @@ def pairs_beside(
     ]
     sides = {"paper": GREY, "ours, with its 95 % interval": BLUE}
     legend += [Line2D([], [], color=colour, lw=1.6, label=side) for side, colour in sides.items()]
-    return finish(fig, title, subtitle, "fractions; mean rating for MT-Bench · scales differ", legend)
+    note = (
+        f"scales differ · ours: {footnote(None, frame.dropna(subset='n'), 'questions')}" if frame["n"].any() else None
+    )
+    return finish(fig, title, subtitle, note, legend)
 
 
 @styled
@@ -131,10 +138,9 @@ def directions_forest(
         for name, text in says.items()
         if name in set(frame["agrees"])
     ]
-    legend += (
-        [] if paper is None else [Line2D([], [], color=GREY, marker="|", ls="", ms=7, mew=1.2, label="paper's own")]
-    )
-    return finish(fig, title, subtitle, footnote("lines", frame.rename(columns={"n": "_"}), ""), legend)
+    if paper is not None:
+        legend.append(Line2D([], [], color=GREY, marker="|", ls="", ms=7, mew=1.2, label="the paper's own changes"))
+    return finish(fig, title, subtitle, "lines: 95 % interval", legend)
 
 
 def _claim(row: Any) -> str:
