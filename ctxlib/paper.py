@@ -31,15 +31,15 @@ BASES = {
     "meta-llama/Llama-2-7b-hf": "Llama-2-7b",
     "meta-llama/Meta-Llama-3-8B": "Llama-3-8b",
 }
-OFFICIAL = {  # the models of table 7 with their own instruction tuning
-    "meta-llama/Llama-2-7b-chat-hf": "Llama-2-7b",
-    "meta-llama/Llama-2-13b-chat-hf": "Llama-2-13b",
-    "meta-llama/Meta-Llama-3-8B-Instruct": "Llama-3-8b",
-    "meta-llama/Llama-3.1-8B-Instruct": "Llama-3.1-8b",
-    "mistralai/Mistral-7B-Instruct-v0.2": "mistral-v0.2",
-    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-v0.3",
-    "google/gemma-2-9b-it": "gemma-2-9b",
-    "google/gemma-2-27b-it": "gemma-2-27b",
+OFFICIAL = {  # the models of table 7: before and after their own instruction tuning
+    ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"): "Llama-2-7b",
+    ("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-chat-hf"): "Llama-2-13b",
+    ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"): "Llama-3-8b",
+    ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"): "Llama-3.1-8b",
+    ("mistral-community/Mistral-7B-v0.2", "mistralai/Mistral-7B-Instruct-v0.2"): "mistral-v0.2",
+    ("mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-Instruct-v0.3"): "mistral-v0.3",
+    ("google/gemma-2-9b", "google/gemma-2-9b-it"): "gemma-2-9b",
+    ("google/gemma-2-27b", "google/gemma-2-27b-it"): "gemma-2-27b",
 }
 
 KEYS = ["table", "dataset", "model", "condition", "threshold", "metric"]

@@ -88,6 +88,7 @@ def test_a_run_of_the_paper_stands_in_its_row_with_the_difference(matching):
     assert (fraction.ours, fraction.difference) == pytest.approx((0.12, 0.02))
     data = cell(beside, table="2", metric="conversations", dataset="ShareGPT")
     assert (data.ours, data.difference) == (93_600, -45)
+    assert data.note == "conversations.n None, models.seed_model ucla-cmllab/tinyllama-sft-vicuna-full"
     assert beside.paper.notna().sum() == len(paper.tables())  # every cell once, measured or not
     assert beside.ours.notna().sum() == 2 + 6 + 6 + 1 + 1
 
@@ -110,7 +111,7 @@ def test_a_run_cut_short_says_in_what_it_departs_from_the_paper(tmp_path):
     told = ["conversations.n 100 (paper: None)", "finetune.steps 10 (paper: None)"]
     told += ["finetune.epochs None (paper: 1.0)", "batch 16 (paper: 128)"]
     assert comparison.departures(found) == told
-    assert set(comparison.ours_in(comparison.compare([found]), 3).note) == {"; ".join(told)}
+    assert set(comparison.ours_in(comparison.compare([found]), 3).note) == {"; ".join([*told, "needle.reading clean"])}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*-*.yaml")), ids=lambda path: path.stem)
@@ -304,6 +305,13 @@ def test_an_official_model_stands_in_its_row_of_table_7(tmp_path):
     assert cell(beside, condition=paper.WITHOUT_PREFIX, **row).difference == pytest.approx(0.8 - 0.9872)
 
 
+def test_an_official_model_beside_another_models_base_stands_in_no_row(tmp_path):
+    recall = values(condition=[paper.PRETRAINED], kind="text", prefix=[True], metric="needle_recall", value=[0.9])
+    write(tmp_path, "tinyllama-sharegpt.yaml", {"needle_recall": recall}, **{"models.instruct": "google/gemma-2-9b-it"})
+    (row,) = comparison.ours_in(comparison.compare(comparison.experiments(tmp_path)), 7).itertuples()
+    assert row.model == "google/gemma-2-9b-it" and not hasattr(row, "paper")
+
+
 def test_two_experiments_in_one_row_are_both_there(matching):
     again = shutil.copytree(matching, matching.parent / "again")
     manifest = json.loads((again / "manifest.json").read_text()) | {"experiment": "again"}
@@ -319,7 +327,9 @@ def test_a_corpus_is_counted_in_conversations_answers_and_tokens_of_their_texts(
     short = [Message("system", "s"), Message("user", "é"), Message("assistant", "!"), Message("user", "unanswered")]
     dropped = pd.DataFrame({"reason": ["empty turn"], "n": [3]})
     corpus = Corpus((Conversation("1", tuple(turns)), Conversation("2", tuple(short))), dropped, "made")
-    counts = comparison.dataset_counts(corpus, tokenizer).set_index("metric")["value"]
+    both = comparison.dataset_counts(corpus, tokenizer)
+    assert cell(both, dataset="ShareGPT", metric="instructions")["value"] == 331_722
+    counts = both[both["dataset"] == "ours"].set_index("metric")["value"]
     byte_level = (len("abcdefghij") + len("sé!unanswered".encode())) / 2
     assert counts.to_dict() == {
         "tokens_per_conversation": byte_level,
@@ -327,5 +337,6 @@ def test_a_corpus_is_counted_in_conversations_answers_and_tokens_of_their_texts(
         "instructions": 3,
         "dropped: empty turn": 3,
     }
+    assert all(isinstance(value, int) for value in counts.iloc[1:])
     nothing = comparison.dataset_counts(Corpus((), dropped, "made"), tokenizer)
-    assert np.isnan(nothing["value"].iloc[0])
+    assert np.isnan(cell(nothing, dataset="ours", metric="tokens_per_conversation")["value"])

@@ -172,6 +172,10 @@ def test_the_params_files_of_the_nine_runs_are_the_rows_of_table_3_with_its_sett
     assert named == set(zip(rows["model"], rows["dataset"], strict=True)) and len(runs) == 9
 
 
+def test_the_official_models_are_those_of_table_7():
+    assert sorted(paper.OFFICIAL.values()) == sorted(paper.as_printed(7)["model"])
+
+
 def test_a_hub_dataset_has_the_same_name_here_and_in_the_plan():
     from ctxlib.plan.steps import TABLE_2
 

@@ -17,13 +17,12 @@ BESIDE = [*paper.KEYS, "paper", "ours", "difference", "ci_low", "ci_high", "n", 
 _ALL_KEYWORDS = "a needle counts when all keywords are said, in the paper by the share of them"
 
 
-def departures(experiment: Experiment, keys: Sequence[str] = ("",)) -> list[str]:
-    """Settings of a run in the paper's row that are not the paper's (`paper.settings`), of keys that begin so."""
+def departures(experiment: Experiment) -> list[str]:
+    """Settings of a run in the paper's row (`Experiment.is_a_row`) that are not the paper's (`paper.settings`)."""
     theirs = paper.settings(experiment.base, experiment.dataset)
     batch = experiment.setting("finetune.batch_size") * experiment.setting("finetune.gradient_accumulation")
     ours = {key: batch if key == "batch" else experiment.setting(key) for key in theirs}
-    differ = [key for key in theirs if ours[key] != theirs[key] and key.startswith(tuple(keys))]
-    return [f"{key} {ours[key]} (paper: {theirs[key]})" for key in differ]
+    return [f"{key} {ours[key]} (paper: {theirs[key]})" for key in theirs if ours[key] != theirs[key]]
 
 
 def measured(experiment: Experiment) -> pd.DataFrame:
@@ -94,8 +93,8 @@ def _of_kind(kinds: pd.Series) -> pd.Series:
 
 
 def _official_model(experiment: Experiment) -> str:
-    name = experiment.setting("models.instruct")
-    return paper.OFFICIAL.get(name, name)
+    before, after = experiment.setting("models.pretrained"), experiment.setting("models.instruct")
+    return paper.OFFICIAL.get((before, after), after)
 
 
 def _steering(experiment: Experiment) -> Iterator[pd.DataFrame]:
@@ -126,8 +125,8 @@ def _dataset(experiment: Experiment) -> Iterator[pd.DataFrame]:
     frame = experiment.table("dataset")
     frame = frame[(frame.dataset == "ours") & ~frame.metric.astype(str).str.startswith("dropped")]
     same = experiment.dataset in paper.DATASETS.values()
-    n = experiment.setting("conversations.n")
-    note = f"the first {n:,} alone" if same and n else ""
+    settings = ("conversations.n", "models.seed_model")
+    note = ", ".join(f"{key} {experiment.setting(key)}" for key in settings) if same else ""
     yield _rows(frame, 2, same, note, dataset=experiment.dataset, model="", condition="", metric=frame.metric)
 
 
@@ -137,8 +136,9 @@ def _main(experiment: Experiment) -> Iterator[pd.DataFrame]:
     differ = departures(experiment) if experiment.is_a_row else []
     asked = experiment.table("evaluation").query("template == 'on' and condition in [@VANILLA, @INDICATED]")
     needles, keywords = needle_rows(asked[asked.task == "needle"])
-    note = "; ".join([*differ, *([] if keywords else [_ALL_KEYWORDS])])
     same = experiment.is_a_row
+    reading = [f"needle.reading {experiment.setting('needle.reading')}"] if same else []
+    note = "; ".join([*differ, *reading, *([] if keywords else [_ALL_KEYWORDS])])
     yield _rows(needles, 3, same and keywords, note, **row, condition=needles.condition, metric="nih")
     passages = experiment.table("passages")
     passages = passages.query("template == 'on' and metric == 'containment' and condition in [@VANILLA, @INDICATED]")
@@ -160,29 +160,25 @@ def _fractions(experiment: Experiment) -> Iterator[pd.DataFrame]:
     frame = experiment.table("fractions_over_beta")
     frame = frame[frame.layer == experiment.setting("scoring.layer")]
     frame = frame.rename(columns={"fraction": "value", "low": "ci_low", "high": "ci_high"})
-    same, note = experiment.dataset in paper.DATASETS.values(), ""
-    if experiment.is_a_row:
-        keys = ("scoring.layer", "scoring.head_reduction", "conversations.")
-        note = "; ".join([*departures(experiment, keys), f"scored by {experiment.setting('models.seed_model')}"])
+    same = experiment.dataset in paper.DATASETS.values()
+    settings = ("scoring.layer", "scoring.head_reduction", "models.seed_model", "conversations.n")
+    note = ", ".join(f"{key} {experiment.setting(key)}" for key in settings) if same else ""
     keys = {"dataset": experiment.dataset, "model": "", "condition": "", "threshold": frame.threshold}
     yield _rows(frame, 10, same, note, **keys, metric="fraction")
 
 
 def dataset_counts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The columns of the paper's table 2 for a corpus, and what was dropped on the way: metric, value.
+    """Table 2 of the paper and of a corpus, with what was dropped on the way: dataset ("ours"), metric, value.
 
-    conversations; instructions (user messages with an answer); tokens_per_conversation (mean, of the texts alone);
-    `dropped: <reason>` (rows or turns).
+    conversations; instructions (user messages with an answer); tokens_per_conversation (mean, of the texts alone; NaN
+    where there are none); of ours also `dropped: <reason>` (rows or turns). Counts are ints, the mean is a float.
     """
-    lengths = [
-        sum(map(len, tokenizer([message.content for message in one.messages], add_special_tokens=False)["input_ids"]))
-        for one in corpus.conversations
-    ]
+    texts = [[message.content for message in one.messages] for one in corpus.conversations]
+    lengths = [sum(map(len, tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"])) for each in texts]
     answers = sum(message.role == "assistant" for one in corpus.conversations for message in one.messages)
-    rows = [
-        ("tokens_per_conversation", float(np.mean(lengths)) if lengths else np.nan),
-        ("conversations", len(lengths)),
-        ("instructions", answers),
-        *((f"dropped: {row.reason}", row.n) for row in corpus.dropped.itertuples()),
-    ]
-    return pd.DataFrame(rows, columns=["metric", "value"])
+    ours = {"tokens_per_conversation": float(np.mean(lengths)) if lengths else np.nan}
+    ours |= {"conversations": len(lengths), "instructions": answers}
+    ours |= {f"dropped: {row.reason}": int(row.n) for row in corpus.dropped.itertuples()}
+    sides = paper.table_2().astype(object).set_index("dataset").to_dict("index") | {"ours": ours}
+    rows = [(dataset, metric, value) for dataset, counts in sides.items() for metric, value in counts.items()]
+    return pd.DataFrame(rows, columns=["dataset", "metric", "value"], dtype=object)
