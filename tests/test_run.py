@@ -156,8 +156,8 @@ def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
     assert snakemake("-n") == set()
     edits = {
         "notebooks/00_the_miniature.ipynb": {"00_the_miniature"},
-        "notebooks/01_attention_shift.ipynb": {"01_attention_shift", "04_evaluation"},
-        "notebooks/03_indicator_sft.ipynb": {"03_indicator_sft", "04_evaluation"},
+        "notebooks/01_attention_shift.ipynb": {"01_attention_shift", "04_evaluation", "05_figures_and_tables"},
+        "notebooks/03_indicator_sft.ipynb": {"03_indicator_sft", "04_evaluation", "05_figures_and_tables"},
         "params/smoke.yaml": set(names),
         "ctxlib/results.py": set(names),
     }
