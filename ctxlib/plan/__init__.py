@@ -20,8 +20,9 @@ from ctxlib.params import MODEL_ROLES, InputError, Params, is_hub_id
 from ctxlib.plan import sources
 from ctxlib.plan.machines import ASSUMPTIONS, GIB, GPUS, seconds
 from ctxlib.plan.memory import BATCH_SIZES, Footprint, at_batch_size, footprints, remedies, replaced
+from ctxlib.plan.questions import CHARACTERS_PER_TOKEN, MT_BENCH, Texts, needle_cost, question_texts
 from ctxlib.plan.sources import Source, find_model
-from ctxlib.plan.steps import CHARACTERS_PER_TOKEN, Step, Texts, conversation_texts, question_texts, steps
+from ctxlib.plan.steps import Step, afterwards, conversation_texts, steps
 
 PARTS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits")
 
@@ -35,6 +36,7 @@ class Plan:
     conversations: Texts
     questions: dict[str, Texts]
     steps: list[Step]
+    afterwards: list[Step]  # what no notebook runs
     footprints: list[Footprint]
     problems: list[str]
 
@@ -44,21 +46,29 @@ class Plan:
         section = self.params.conversations
         if self.data_on_hub and not sources.cached(section.source, "dataset", section.revision):
             found[section.source] = _text_bytes(self.conversations)
+        for name, texts in self.questions["qa"].parts.items():
+            if self.on_hub(name) and not sources.cached(name, "dataset", None):
+                found[name] = _text_bytes(texts)
         return found
+
+    def on_hub(self, name: str) -> bool:
+        return is_hub_id(name) and not self.params.path(name).exists()
 
     @property
     def data_on_hub(self) -> bool:
-        source = self.params.conversations.source
-        return is_hub_id(source) and not self.params.path(source).exists()
+        return self.on_hub(self.params.conversations.source)
 
     def results(self) -> dict[str, int]:
-        """Bytes that the fine-tuned models and the largest checkpoint will take; those that are there take none."""
+        """Bytes that the fine-tuned models and their checkpoints will take; those that are there take none.
+
+        A checkpoint holds the trained weights and two moments of each; the one before it goes when it is whole.
+        """
         section, network = self.params.finetune, self.models["pretrained"].network
         trained = network.parameters if section.method == "full" else network.lora_parameters(section.lora_rank)
         folder = self.params.output_dir / "work" / "models"
         missing = [name for name in ("vanilla", "indicator") if not (folder / name).is_dir()]
         found = {f"work/models/{name}": 4 * trained for name in missing}
-        return found | ({"a checkpoint, while it trains": 12 * trained} if missing else {})
+        return found | ({"two checkpoints, while it trains": 2 * 12 * trained} if missing else {})
 
 
 def make_plan(params: Params) -> Plan:
@@ -75,9 +85,10 @@ def make_plan(params: Params) -> Plan:
     tokenizer = _tokenizer(params, found)
     conversations, questions = conversation_texts(params, tokenizer), question_texts(params, tokenizer)
     planned = steps(params, conversations, questions)
+    after = afterwards(params, found["pretrained"].network.positions)
     held = footprints(params, found, questions)
-    plan = Plan(params, found, conversations, questions, planned, held, [])
-    plan.problems.extend(_problems(plan))
+    plan = Plan(params, found, conversations, questions, planned, after, held, [])
+    plan.problems.extend(_problems(plan, tokenizer))
     return plan
 
 
@@ -92,7 +103,7 @@ def _tokenizer(params: Params, found: dict[str, Source]) -> PreTrainedTokenizerB
     return None
 
 
-def _problems(plan: Plan) -> Iterator[str]:
+def _problems(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """What does not depend on the GPU: inputs to supply, layers, windows, room on the disk."""
     params, missing = plan.params, plan.params.missing_inputs()
     for key in missing:
@@ -106,12 +117,22 @@ def _problems(plan: Plan) -> Iterator[str]:
             yield f"{key}: {layer} does not exist, {which} has layers 0 to {depth - 1}; choose one of them"
     positions = plan.models["pretrained"].network.positions
     needle, longest = plan.questions["needle"], max(params.needle.lengths)
-    frame = math.ceil(needle.longest) - longest
-    if longest + frame + needle.max_new_tokens > positions:
+    if needle.longest + needle.max_new_tokens > positions:
+        around = math.ceil(needle.longest) - longest
         yield (
-            f"needle.lengths: {longest:,} tokens, some {frame} around them and {needle.max_new_tokens} new ones exceed "
-            f"the window of {positions:,}; at most {positions - frame - needle.max_new_tokens:,} are safe"
+            f"needle.lengths: {longest:,} tokens, some {around} around them and {needle.max_new_tokens} new ones "
+            f"exceed the window of {positions:,}; at most {positions - around - needle.max_new_tokens:,} are safe"
         )
+    shortest, cost = min(params.needle.lengths), needle_cost(params.needle, tokenizer)
+    if shortest < cost:
+        yield f"needle.lengths: {shortest} is less than the {cost} tokens of all needles; raise it"
+    for name, texts in plan.questions["qa"].parts.items():
+        if texts.longest + params.qa.max_new_tokens > positions:
+            yield (
+                f"qa.sources: '{name}': its longest prompt, {math.ceil(texts.longest):,} tokens ({texts.known}), and "
+                f"{params.qa.max_new_tokens} new ones exceed the window of {positions:,}; leave it out, or its long "
+                "passages, or take a model with a longer window"
+            )
     if params.conversations.max_length > positions:
         yield (
             f"conversations.max_length: {params.conversations.max_length:,} exceeds the positions of "
@@ -159,8 +180,9 @@ def hours(plan: Plan, step: Step) -> dict[str, int | float]:
     tuned = source is None and params.finetune.method == "qlora"
     weights = network.weights(params.models.dtype, "nf4" if tuned else params.models.quantisation)
     how = {"weights": weights, "batch_size": params.models.batch_size, "dtype": params.models.dtype}
-    full = params.finetune.method == "full"
-    return {gpu.name: seconds(step, network, gpu, full=full, **how) / 3600 for gpu in GPUS}
+    full, again = params.finetune.method == "full", params.finetune.gradient_checkpointing is not False
+    passes = 1 + again + (2 if full else 1)  # forward, once more where it is recomputed, gradients
+    return {gpu.name: seconds(step, network, gpu, passes=passes, **how) / 3600 for gpu in GPUS}
 
 
 def show(plan: Plan) -> Iterator[str]:
@@ -173,11 +195,13 @@ def show(plan: Plan) -> Iterator[str]:
         ["notebook", "step", "model", "rows", "tokens read", "new tokens, at most"],
         [
             (s.notebook, s.what, s.model, _number(s.rows), _number(s.tokens), _number(s.rows * s.new_tokens))
-            for s in plan.steps
+            for s in [*plan.steps, *plan.afterwards]
         ],
     )
-    yield "  questions: " + "; ".join(f"{t.n:,} {name} ({t.source})" for name, t in plan.questions.items() if t.n)
     yield "  repeated questions are answered from the cache and not counted twice"
+    yield from _training(plan)
+    if plan.afterwards:
+        yield from _mt_bench(plan)
     yield from _downloads(plan)
     yield from _memory(plan)
     yield from _time(plan)
@@ -196,6 +220,36 @@ def _models_and_data(plan: Plan) -> Iterator[str]:
     yield (
         f"  conversations: {section.source}, {_number(texts.n)} of {_number(texts.length)} tokens on average, at most "
         f"{section.max_length:,}; {texts.source}"
+    )
+    rows = []
+    for family, of_family in plan.questions.items():
+        for name, of_source in (of_family.parts or {"": of_family}).items():
+            if of_source.n:
+                sizes = (_number(of_source.n), _number(of_source.length), _number(math.ceil(of_source.longest)))
+                rows.append((family, name, *sizes, of_source.source))
+    yield from _section("Questions", ["family", "source", "questions", "tokens, mean", "longest", "known from"], rows)
+
+
+def _training(plan: Plan) -> Iterator[str]:
+    section, step = plan.params.finetune, next(step for step in plan.steps if step.kind == "train")
+    effective = section.batch_size * section.gradient_accumulation
+    what = f"  a training: {_number(-(-step.rows // effective))} steps of {effective} conversations"
+    if section.packing:
+        yield f"{what}, {section.batch_size} at a time in one row without padding, each behind a mask of the whole row"
+    elif section.batch_size > 1:
+        order = "of like length" if section.group_by_length else "as they come (group_by_length: true pads less)"
+        yield f"{what}, {section.batch_size} at a time {order}: padding adds {step.padding - 1:.0%} to the tokens"
+    else:
+        yield f"{what}, one at a time, without padding"
+
+
+def _mt_bench(plan: Plan) -> Iterator[str]:
+    new_tokens = plan.afterwards[0].new_tokens
+    option = "" if new_tokens == MT_BENCH.max_new_tokens else f" --max-new-tokens {new_tokens}"
+    yield (
+        f"  after: the paper's MT-Bench, {MT_BENCH.n} questions of two turns, which no notebook runs but "
+        f"`ctxlib mt-bench{option}`, with a judge that you name ({2 * MT_BENCH.n} judgements a model, "
+        f"{MT_BENCH.n} with --reading paper)"
     )
 
 
@@ -230,6 +284,8 @@ def _time(plan: Plan) -> Iterator[str]:
     total = (_duration(sum(taken[gpu.name] for _, taken in by_step)) for gpu in GPUS)
     peaks = (f"{gpu.bfloat16:g}" for gpu in GPUS)
     rows += [("", "all of it", "", *total), ("", "dense bf16 TFLOP/s", "", *peaks)]
+    for step in plan.afterwards:
+        rows.append((step.notebook, step.what, step.model, *map(_duration, hours(plan, step).values())))
     yield from _section("Time, estimated", ["", "step", "model", *(gpu.name for gpu in GPUS)], rows)
     yield f"  assumed: {ASSUMPTIONS}"
     measured = _manifest(plan.params)
@@ -264,7 +320,7 @@ def _there(plan: Plan) -> Iterator[str]:
         *([("trainings to be resumed", ", ".join(begun))] if begun else []),
         ("notebooks that ran", ", ".join(receipts) or "none"),
     ]
-    yield from _section(f"What is there, in {work}", ["", ""], rows)
+    yield from _section(f"What is there, in {work}", [], rows)
 
 
 def _does_not_fit(plan: Plan) -> Iterator[str]:
@@ -283,11 +339,11 @@ def _does_not_fit(plan: Plan) -> Iterator[str]:
             if change is None:
                 yield f"{step}: no setting of this file makes it fit; take a larger GPU"
             else:
-                settings = ", ".join(f"{key}: {value}" for key, value in change.items())
+                settings = ", ".join(f"{key}: {_yaml(value)}" for key, value in change.items())
                 yield f"{step}; {_gib(size)} with {settings}"
         changes = [change for _, _, change, _ in of_class if change]
         if len(changes) > 1:
-            settings = " ".join(f"--set {key}={value}" for key, value in _together(changes).items())
+            settings = " ".join(f"--set {key}={_yaml(value)}" for key, value in _together(changes).items())
             yield f"    all of them: {settings}"
     if not found:
         yield f"  memory: every step fits into {GPUS[0].memory} GB"
@@ -306,6 +362,10 @@ def _section(title: str, headers: list[str], rows: Iterable[tuple]) -> Iterator[
     yield f"\n{title}"
     text = tabulate([[*row] for row in rows], headers, tablefmt="plain", disable_numparse=True)
     yield "\n".join(f"  {line}".rstrip() for line in text.splitlines())
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _gib_parts(footprint: Footprint) -> list[str]:
