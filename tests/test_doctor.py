@@ -1,6 +1,7 @@
 """The doctor on healthy models of many families, and on patients whose complaint is known."""
 
 import json
+import re
 import sys
 from contextlib import contextmanager
 from io import StringIO
@@ -214,10 +215,7 @@ def test_of_a_hybrid_model_the_layers_with_attention_are_examined_and_the_others
     assert "shares in layer 1 differ" in row(frame, "padding")["finding"]
     assert row(frame, "layers")["finding"] == "no attention that can be recorded in 0, 2, 3, but in 1, 4"
     assert paper_layer(5) == 3 and "as layer 1:" in row(frame, "layer 4: others")["finding"]
-    assert (
-        "best layer 1" in row(frame, "layer 4: separation")["finding"]
-        or "best layer 4" in row(frame, "layer 4: separation")["finding"]
-    )
+    assert re.search("best layer [14]:", row(frame, "layer 4: separation")["finding"])
     refused = row(examine(build("qwen3-next"), tokenizer, layer=2, corpus=few()), "layer 2")
     assert refused["verdict"] == "fail" and refused["remedy"] == "choose one of 1, 4"
 

@@ -53,7 +53,8 @@ def answer_attention(model: Any, tokenizer: Any, corpus: Corpus, layers: Sequenc
     """The share of attention, in [0, 1], that each token of an answer pays to the user's tokens, turn by turn.
 
     Of these layers, by default of all. The maximum over heads and then the mean over tokens is the turn's
-    context-dependency score (`clean` reading). Answers that the template leaves out are left out. Raises InputError where the truth of an answer is not known.
+    context-dependency score (`clean` reading). Answers that the template leaves out are left out. Raises InputError
+    where the truth of an answer is not known.
     """
     answers, rendered = [], renders(tokenizer)
     for conversation in corpus.conversations:
