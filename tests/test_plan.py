@@ -320,6 +320,12 @@ def test_what_would_not_fit_names_changes_that_make_it_fit(tmp_path):
     assert "03 training takes" in text(plan) and "--set" in text(plan)
 
 
+def test_where_quantisation_alone_is_enough_the_batch_stays():
+    plan = plan_of(ROOT / "params" / "llama-2-7b-wizardlm.yaml")
+    changes = [change for memory, footprint, change, _ in fits(plan) if (memory, footprint.notebook) == (24, "01")]
+    assert changes == [{"models.quantisation": "nf4"}] * 2
+
+
 def test_where_no_setting_helps_a_larger_gpu_is_named():
     plan = plan_of(
         ROOT / "params" / "llama-3-8b-sharegpt.yaml", **{"needle.lengths": [500_000], "models.batch_size": 1}

@@ -105,6 +105,8 @@ def remedies(params: Params, footprint: Footprint) -> Iterator[dict[str, Any]]:
         return
     if footprint.setting:
         for more in ({}, quantised) if quantised else ({},):
+            if more:
+                yield more
             value = footprint.value
             while value > 1:
                 value //= 2

@@ -72,7 +72,7 @@ class _Plan:
                 for name, indicator in (("vanilla", False), ("indicator", False), ("indicator", True))
             ),
             self._ask("04", "pretrained", everything, **raw),
-            *(self._read("04", *each) for each in (("vanilla", 3 + allocations), ("indicator", 4), ("pretrained", 1))),
+            *(self._read("04", *each) for each in (("vanilla", 4 + allocations), ("indicator", 6), ("pretrained", 2))),
         ]
         return _merged([step for step in found if step.rows])
 
