@@ -261,6 +261,12 @@ def test_the_paper_counts_where_the_data_are_on_the_hub():
     assert plan.downloads()["yihanwang617/WizardLM_70k_unfiltered"] == 4 * 57_523 * 484
 
 
+def test_a_dataset_of_unknown_size_is_planned_as_not_known():
+    plan = plan_of(NINE[0], **{"conversations.source": "somebody/something"})
+    assert "not here and not in the paper" in plan.conversations.source
+    assert "a training: not known how many steps" in text(plan) and " ? " in text(plan)
+
+
 def test_local_conversations_are_counted(tmp_path, model_folder):
     rows = [{"messages": [{"role": "user", "content": "x" * 10}, {"role": "assistant", "content": "y"}]}] * 30
     rows.insert(3, {"messages": [{"role": "assistant", "content": "y"}]})

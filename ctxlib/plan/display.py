@@ -66,7 +66,8 @@ def _models_and_data(plan: Plan) -> Iterator[str]:
 def _training(plan: Plan) -> Iterator[str]:
     section, step = plan.params.finetune, next(step for step in plan.steps if step.kind == "train")
     effective = section.batch_size * section.gradient_accumulation
-    what = f"  a training: {_number(-(-step.rows // effective))} steps of {effective} conversations"
+    n = "not known how many" if math.isnan(step.rows) else _number(math.ceil(step.rows / effective))
+    what = f"  a training: {n} steps of {effective} conversations"
     if section.packing:
         yield f"{what}, {section.batch_size} at a time in one row without padding, each behind a mask of the whole row"
     elif section.batch_size > 1:

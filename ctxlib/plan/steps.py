@@ -159,6 +159,9 @@ def _merged(found: list[Step]) -> list[Step]:
         groups.setdefault((step.notebook, step.what, step.model), []).append(step)
     merged = []
     for group in groups.values():
+        if len(group) == 1:
+            merged += group
+            continue
         rows = sum(step.rows for step in group)
         mean = {
             name: sum(step.rows * getattr(step, name) for step in group) / rows for name in ("length", "new_tokens")
