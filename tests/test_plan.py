@@ -554,6 +554,13 @@ def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, reading, 
         assert rendered - 1 <= context + frame(params, tokenizer) <= rendered + sentence
 
 
+def test_the_town_s_needles_have_one_reading():
+    clean, paper = (
+        plan_of(MINIATURE, **{"needle.reading": reading}).questions["needle"] for reading in ("clean", "paper")
+    )
+    assert clean == paper
+
+
 def test_needles_that_do_not_fit_the_shortest_length_are_told():
     changes = {"needle.lengths": [40, 400], "needle.needle": ["A needle of some words is here."] * 6}
     problems = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes).problems

@@ -118,7 +118,7 @@ def _needles(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> Texts
     source = f"needle.lengths and {around} tokens around them"
     if isinstance(section.needle, list):
         source += f"; {len(section.needle)} needles in each"
-    if section.reading == "paper":
+    if lengths != section.lengths:
         source += f"; of {min(section.lengths):,} to {max(section.lengths):,} the paper's slicing leaves "
         source += f"{min(lengths):,} to {max(lengths):,}"
     return Texts(n, sum(lengths) / len(lengths) + around, max(lengths) + around, source)
@@ -132,7 +132,7 @@ def needle_cost(section: Needle, tokenizer: PreTrainedTokenizerBase | None) -> i
 
 def needle_contexts(section: Needle, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Tokens of the contexts, by `needle.lengths`: as many (clean), or what the authors' slicing leaves (paper)."""
-    if section.reading == "clean":
+    if section.reading == "clean" or section.source == experiment.EMBEDDED:
         return list(section.lengths)
     needles = needle_cost(section, tokenizer)
     kept = [(length, length - PAPER_BUFFER - needles) for length in section.lengths]
