@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scoring import make_corpus
-from side_by_side import SHAPES, measured, model_mib, random_llama, report
+from side_by_side import arguments, measured, model_mib, random_llama, report
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ctxlib.finetune import add_lora, make_trainer, train
@@ -38,13 +38,11 @@ MEAN_TOKENS, TURNS = 256, 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = arguments(__doc__, dtype=None, repeats=3, device=device)
     parser.add_argument("--methods", choices=("lora", "full"), nargs="+", default=("lora", "full"))
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if importlib.util.find_spec("trl") is None:

@@ -8,12 +8,11 @@ same. Goal: >= 4 with the paper's 100 new tokens. What precedes the needle is ha
 reading gets at most twice as fast; the rest is gained in writing, which the cells of a length do together.
 """
 
-import argparse
 import random
 
 import pandas as pd
 import torch
-from side_by_side import SHAPES, measured, random_llama, report
+from side_by_side import arguments, measured, random_llama, report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,10 +24,7 @@ SETTINGS = {"template": False, "indicator": None, "use_prefix": False, "model_ke
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__, dtype="float32")
     parser.add_argument("--lengths", type=int, nargs="+", default=(200, 600, 1000))
     parser.add_argument("--depths", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, nargs="+", default=(100,))

@@ -7,14 +7,13 @@ Against a plain sdpa forward of the same model, and against eager attention that
 as its patterns fit into memory. The curve over length is drawn to outputs/benchmarks/recording_<shape>_<dtype>.png.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
-from side_by_side import SHAPES, device_name, in_turns, model_mib, random_llama, report
+from side_by_side import DTYPES, arguments, device_name, in_turns, model_mib, random_llama, report
 
 from ctxlib.attention import record_allocation
 from ctxlib.roles import ROLES
@@ -26,12 +25,7 @@ FOLDER = Path(__file__).parents[1] / "outputs" / "benchmarks"
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = arguments(__doc__, dtype=DTYPES, repeats=5).parse_args()
 
     rows = []
     for dtype in options.dtype:

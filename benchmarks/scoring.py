@@ -13,14 +13,13 @@ chunks of like mean length; the ways take turns within a chunk, and a figure is 
 over the authors >= 45 / 15 / 14, fraction_of_limit (the limit's time by ours) >= 1, memory_vs_limit <= 1.1.
 """
 
-import argparse
 from functools import partial
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import torch
-from side_by_side import SHAPES, measured, model_mib, random_llama, report
+from side_by_side import arguments, measured, model_mib, random_llama, report
 
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.miniature import MODELS
@@ -35,10 +34,7 @@ SPREAD = 0.5  # standard deviation of the logarithm of the lengths
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__, dtype="float32")
     parser.add_argument("--corpora", choices=CORPORA, nargs="+", default=tuple(CORPORA))
     parser.add_argument("--conversations", type=int, default=35)
     parser.add_argument("--chunks", type=int, default=5)
@@ -94,8 +90,11 @@ def deal(corpus: Corpus, chunks: int) -> list[Corpus]:
     """By length in turns, every second round backwards, so that the chunks have like sums."""
     places = np.arange(len(corpus)) % (2 * chunks)
     hands = np.where(places < chunks, places, 2 * chunks - 1 - places)
-    pick = lambda hand: tuple(c for c, of in zip(corpus.conversations, hands, strict=True) if of == hand)  # noqa: E731
-    return [Corpus(pick(hand), corpus.dropped, corpus.source) for hand in range(chunks)]
+
+    def dealt(hand: int) -> tuple[Conversation, ...]:
+        return tuple(c for c, of in zip(corpus.conversations, hands, strict=True) if of == hand)
+
+    return [Corpus(dealt(hand), corpus.dropped, corpus.source) for hand in range(chunks)]
 
 
 def compare(ways: "Ways", chunk: Corpus, device: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What the benchmarks share: a random Llama, calls timed in turns, the peak of memory, a table and a line."""
 
+import argparse
 import ctypes
 import gc
 import platform
@@ -16,7 +17,25 @@ SHAPES = {
     "tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
 }
+DTYPES = ("float32", "bfloat16")
 HEADS = {"small": (12, 4), "tinyllama": (32, 4), "llama-3-8b": (32, 8)}
+
+
+def arguments(
+    description: str, *, dtype: str | tuple[str, ...] | None, repeats: int | None = None, device: str = "cpu"
+) -> argparse.ArgumentParser:
+    """A parser with the options that benchmarks have in common and these defaults; None: the script has no such option.
+
+    Where the default `dtype` is a tuple, several may be given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    if dtype is not None:
+        parser.add_argument("--dtype", choices=DTYPES, default=dtype, nargs="+" if isinstance(dtype, tuple) else None)
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats)
+    return parser
 
 
 def random_llama(

@@ -5,11 +5,9 @@
 A batch of left-padded prompts, every layer and head steered to the middle half of each prompt. Goal: >= 0.9.
 """
 
-import argparse
-
 import pandas as pd
 import torch
-from side_by_side import SHAPES, in_turns, random_llama, report
+from side_by_side import DTYPES, arguments, in_turns, random_llama, report
 
 from ctxlib.attention import steer_attention
 
@@ -18,12 +16,7 @@ NEW_TOKENS = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
+    options = arguments(__doc__, dtype=DTYPES, repeats=7).parse_args()
 
     rows = []
     for dtype in options.dtype:

@@ -108,11 +108,18 @@ def steer_attention(
             hook.steerings.remove(steering)
 
 
-def verify_recording(model: nn.Module, input_ids: Int[Tensor, "batch pos"], roles: Int[Tensor, "batch pos"]) -> float:
-    """The largest absolute difference between the recorder and the model's own eager `output_attentions`, all layers.
+def verify_recording(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch pos"],
+    roles: Int[Tensor, "batch pos"],
+    layers: Sequence[int] | None = None,
+) -> float:
+    """The largest absolute difference between the recorder and the model's own eager `output_attentions`.
 
-    About 1e-6 in float32; in half precision it is the rounding of the eager path. Holds the full patterns: short input.
-    Raises InputError as `record_allocation` does, and for a model that returns no eager pattern for some layer.
+    Of all layers, or of `layers`: of a hybrid model all those with attention (`Recording.layers_with_attention`), as it
+    returns eager patterns of no others. About 1e-6 in float32; in half precision it is the rounding of the eager path.
+    Holds the full patterns: short input. Raises InputError as `record_allocation` does, and for a model that returns no
+    eager pattern for some of these layers.
     """
     model = _unwrapped(model)
     backend = model.config._attn_implementation
@@ -121,12 +128,13 @@ def verify_recording(model: nn.Module, input_ids: Int[Tensor, "batch pos"], role
     roles = roles.to(input_ids.device)
     inputs = {"input_ids": input_ids, "attention_mask": (roles >= 0).long(), "use_cache": False}
     with torch.inference_mode():
-        with record_allocation(model, roles, rows="all") as recording:
+        with record_allocation(model, roles, rows="all", layers=layers) as recording:
             model(**inputs)
         allocation = recording.allocation
         model.set_attn_implementation("eager")
         try:
-            patterns = getattr(model(**inputs, output_attentions=True), "attentions", None) or ()
+            attentions = getattr(model(**inputs, output_attentions=True), "attentions", None) or ()
+            patterns = [pattern for pattern in attentions if pattern is not None]
         finally:
             model.set_attn_implementation(backend)
         if len(patterns) != len(allocation):
@@ -175,6 +183,11 @@ class Recording:
         grouped = torch.stack([torch.cat(steps, dim=2) for steps in self._steps.values()])
         return grouped.unflatten(-1, (self._n_turns, len(ROLES)))
 
+    @property
+    def layers_with_attention(self) -> list[int]:
+        """Those of the layers that were run whose attention can be recorded, asked for or not."""
+        return sorted(self._with_attention)
+
     def model_called(self, *_: Any) -> None:
         self._called = True
 
@@ -184,7 +197,7 @@ class Recording:
         nothing = f"this {self._model_type} model has no attention that can be recorded"
         if not self._with_attention:
             return f"{nothing}; use another model"
-        return f"{nothing} in layers {missing}; choose one of {sorted(self._with_attention)}"
+        return f"{nothing} in layers {missing}; choose one of {self.layers_with_attention}"
 
     def _positions(self, rows) -> Int[Tensor, "batch row"]:
         batch, length = self._prompt

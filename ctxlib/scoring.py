@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ctxlib.attention import record_allocation
 from ctxlib.conversations import Conversation, Corpus
-from ctxlib.files import write
+from ctxlib.files import replacing, write
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, pad_batch, role_map
 
@@ -131,7 +131,8 @@ def score_corpus(
             rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
             parts.append(_frame(rows, reading, seed_model))
             if file:
-                write(file, parts[-1].to_parquet())
+                with replacing(file) as beside:
+                    parts[-1].to_parquet(beside)
 
     frame = pd.concat(parts, ignore_index=True) if parts else _frame([], reading, seed_model)
     scored = frame[frame["skipped"] == ""].drop(columns="skipped").reset_index(drop=True)

@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: a byte-level tokenizer with the paper's chat template, and a tiny random Llama."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +8,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from ctxlib.conversations import Conversation, Message
+from ctxlib.roles import RoleMap
 
 matplotlib.use("agg")
 
@@ -55,6 +59,47 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def greedy_loop() -> Callable[..., tuple[str, int]]:
+    """An oracle for answers and their lengths in tokens."""
+
+    def unbatched_unpadded_uncached(model, tokenizer, prompt: RoleMap, max_new_tokens: int) -> tuple[str, int]:
+        """The whole sequence through the model for every token."""
+        ids, written = prompt.ids.tolist(), []
+        for _ in range(max_new_tokens):
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+            written.append(token)
+        return tokenizer.decode(written, skip_special_tokens=True).strip(), len(written)
+
+    return unbatched_unpadded_uncached
+
+
+@pytest.fixture(scope="session")
+def conversation() -> Callable[..., Conversation]:
+    """Makes one of texts, the user's and the assistant's in turns."""
+
+    def of_texts(*texts: str, indicated: bool = False, name: str = "c") -> Conversation:
+        roles = ("user", "assistant")
+        return Conversation(
+            name,
+            tuple(Message(roles[n % 2], text, indicated=indicated and n % 2 == 0) for n, text in enumerate(texts)),
+        )
+
+    return of_texts
+
+
+@pytest.fixture
+def conversations(conversation: Callable[..., Conversation]) -> list[Conversation]:
+    """Seven short ones to train on, every other one indicated."""
+    return [
+        conversation(f"what is {n}?" * (1 + n % 3), f"It is {n}.", indicated=n % 2 == 0, name=str(n)) for n in range(7)
+    ]
 
 
 @pytest.fixture

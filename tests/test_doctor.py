@@ -1,6 +1,7 @@
 """The doctor on healthy models of many families, and on patients whose complaint is known."""
 
 import json
+import re
 import sys
 from contextlib import contextmanager
 from io import StringIO
@@ -32,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 from transformers.models.llama import modeling_llama
 
@@ -73,6 +75,19 @@ FAMILIES = {
     "gpt2": GPT2Config(**TINY),
     "gpt-oss": GptOssConfig(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
     "gpt-j": GPTJConfig(**TINY, rotary_dim=8),
+    "qwen3-next": Qwen3NextConfig(
+        **{**GQA, "num_hidden_layers": 5},
+        head_dim=8,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
     "mamba": MambaConfig(**TINY, num_heads=4),
     "bert": BertConfig(**TINY),
 }
@@ -191,6 +206,29 @@ def test_a_family_that_cannot_be_recorded_is_told_so(name, said, tokenizer):
     assert row(frame, "recording")["remedy"] == "use another model"
     for check in ("steering", "padding", "layer 2"):
         assert "not examined" in row(frame, check)["finding"]
+
+
+def test_of_a_hybrid_model_the_layers_with_attention_are_examined_and_the_others_named(tokenizer):
+    frame = examine(build("qwen3-next"), tokenizer, corpus=few())
+    assert row(frame, "recording")["verdict"] == "ok" and "in the same pass" in row(frame, "recording")["finding"]
+    assert row(frame, "steering")["verdict"] == "ok" and "in layer 1 " in row(frame, "steering")["finding"]
+    assert "shares in layer 1 differ" in row(frame, "padding")["finding"]
+    assert row(frame, "layers")["finding"] == "no attention that can be recorded in 0, 2, 3, but in 1, 4"
+    assert paper_layer(5) == 3 and "as layer 1:" in row(frame, "layer 4: others")["finding"]
+    assert re.search("best layer [14]:", row(frame, "layer 4: separation")["finding"])
+    refused = row(examine(build("qwen3-next"), tokenizer, layer=2, corpus=few()), "layer 2")
+    assert refused["verdict"] == "fail" and refused["remedy"] == "choose one of 1, 4"
+
+
+def test_of_a_model_with_attention_in_all_layers_none_is_named(model, tokenizer):
+    assert "layers" not in set(examine(model, tokenizer, corpus=few())["check"])
+
+
+def test_layers_are_told_by_their_numbers_where_some_have_no_attention():
+    ranks = np.linspace(0, 1, 20)
+    scores = np.stack([ranks, 1 - ranks, ranks, ranks], axis=1)
+    found = doctor.layer._beside_other_layers(scores, 15, [3, 7, 11, 15])
+    assert "as the mean of layers 7, 11" in found.finding and "least like layer 7: -1.00" in found.finding
 
 
 def test_a_model_whose_attention_ignores_the_registered_function_fails(model, tokenizer, monkeypatch):

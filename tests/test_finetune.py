@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ctxlib import cli
 from ctxlib import finetune as finetune_module
-from ctxlib.conversations import Conversation, Corpus, Message, save_conversations
+from ctxlib.conversations import Corpus, save_conversations
 from ctxlib.finetune import add_lora, export_merged, finetune, make_trainer
 from ctxlib.labels import training_examples
 from ctxlib.models import load_model, load_tokenizer, set_indicator_row
@@ -29,21 +29,6 @@ IDS = torch.tensor([[1, 40, 41, 42, 43, 44]])
 QUICK = {
     "steps": 20, "batch_size": 3, "learning_rate": 1e-2, "lora_rank": 4, "save_every": 10, "progress": False
 }  # fmt: skip
-
-
-def conversation(*texts, indicated=False, name="c"):
-    roles = ("user", "assistant")
-    return Conversation(
-        name,
-        tuple(Message(roles[n % 2], text, indicated=indicated and n % 2 == 0) for n, text in enumerate(texts)),
-    )
-
-
-@pytest.fixture
-def conversations():
-    return [
-        conversation(f"what is {n}?" * (1 + n % 3), f"It is {n}.", indicated=n % 2 == 0, name=str(n)) for n in range(7)
-    ]
 
 
 def logits(model):
@@ -216,7 +201,7 @@ def wide_folder(model, tmp_path):
     return tmp_path / "wide"
 
 
-def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations, tmp_path):
+def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations, tmp_path, conversation):
     for folder, name in (("other", "notes.txt"), ("adapter", "adapter_config.json")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text("mine")
@@ -372,7 +357,9 @@ def test_the_command_shows_the_labels_trains_and_merges(command, tmp_path, monke
     torch.testing.assert_close(logits(load_model(tmp_path / "merged", device="cpu")), expected, rtol=0, atol=1e-3)
 
 
-def test_the_command_refuses_what_could_not_be_meant(command, model_folder, tokenizer, tmp_path, monkeypatch, capsys):
+def test_the_command_refuses_what_could_not_be_meant(
+    command, model_folder, tokenizer, tmp_path, monkeypatch, capsys, conversation
+):
     nothing = pd.DataFrame({"reason": [], "n": []})
     save_conversations(Corpus((conversation("why", "so"),), nothing, "test"), tmp_path / "plain.jsonl")
     for more, message in (

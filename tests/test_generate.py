@@ -31,19 +31,6 @@ DECODING = {"max_new_tokens": 12, "batch_size": 2, "model_key": "tiny", "progres
 PLAIN = {**DECODING, "template": True, "indicator": None, "use_prefix": False}
 
 
-def greedy_loop(model, tokenizer, prompt, max_new_tokens=12):
-    """Unbatched, unpadded, uncached: the whole sequence through the model for every token."""
-    ids, written = prompt.ids.tolist(), []
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        ids.append(token)
-        written.append(token)
-    return tokenizer.decode(written, skip_special_tokens=True).strip(), len(written)
-
-
 def never(*args, **kwargs):
     raise AssertionError("the model was called")
 
@@ -51,7 +38,7 @@ def never(*args, **kwargs):
 @pytest.mark.parametrize(
     ("template", "use_prefix", "indicator"), [(True, False, None), (True, True, "[IND]"), (False, True, None)]
 )
-def test_batched_answers_equal_manual_greedy_loops(model, tokenizer, template, use_prefix, indicator):
+def test_batched_answers_equal_manual_greedy_loops(model, tokenizer, template, use_prefix, indicator, greedy_loop):
     if indicator:
         tokenizer = copy.deepcopy(tokenizer)
         add_indicator(model, tokenizer, indicator)
@@ -72,7 +59,7 @@ def test_batched_answers_equal_manual_greedy_loops(model, tokenizer, template, u
         )
         assert row.prompt == tokenizer.decode(prompt.ids)
         assert row.prompt.count("[IND]") == (indicator is not None)
-        assert (row.answer, row.answer_tokens) == greedy_loop(model, tokenizer, prompt)
+        assert (row.answer, row.answer_tokens) == greedy_loop(model, tokenizer, prompt, DECODING["max_new_tokens"])
 
 
 def test_a_models_own_generation_config_changes_nothing(model, tokenizer):
@@ -244,7 +231,7 @@ def tokens_read(model, counted):
     ("template", "use_prefix", "indicator"), [(True, False, None), (True, True, "[IND]"), (False, True, None)]
 )
 def test_prompts_with_a_common_beginning_are_answered_as_one_by_one(
-    model, tokenizer, template, use_prefix, indicator, batch_size
+    model, tokenizer, template, use_prefix, indicator, batch_size, greedy_loop
 ):
     if indicator:
         tokenizer = copy.deepcopy(tokenizer)
@@ -256,7 +243,7 @@ def test_prompts_with_a_common_beginning_are_answered_as_one_by_one(
     assert list(reused["id"]) == [question.id for question in asked]
     for question, row in zip(asked, reused.itertuples(), strict=True):
         prompt = generate.question_prompt(tokenizer, question, template, indicator, use_prefix)
-        assert (row.answer, row.answer_tokens) == greedy_loop(model, tokenizer, prompt)
+        assert (row.answer, row.answer_tokens) == greedy_loop(model, tokenizer, prompt, DECODING["max_new_tokens"])
 
 
 def test_keys_read_piece_by_piece_give_the_logits_of_a_whole_prompt(model, tokenizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ctxlib.conversations import Conversation, Message
+from ctxlib.conversations import Message
 from ctxlib.labels import (
     audit,
     collate,
@@ -22,21 +22,6 @@ from ctxlib.labels import (
 from ctxlib.models import add_indicator_token
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, role_map
-
-
-def conversation(*texts, indicated=False, name="c"):
-    roles = ("user", "assistant")
-    return Conversation(
-        name,
-        tuple(Message(roles[n % 2], text, indicated=indicated and n % 2 == 0) for n, text in enumerate(texts)),
-    )
-
-
-@pytest.fixture
-def conversations():
-    return [
-        conversation(f"what is {n}?" * (1 + n % 3), f"It is {n}.", indicated=n % 2 == 0, name=str(n)) for n in range(7)
-    ]
 
 
 def test_supervised_mask_matches_a_message_by_message_oracle(tokenizer):
@@ -96,7 +81,7 @@ def test_label_counts_match_counting_by_hand(tokenizer, conversations):
     assert "system" not in counts.index
 
 
-def test_long_conversations_end_with_a_whole_answer_or_are_left_out(tokenizer):
+def test_long_conversations_end_with_a_whole_answer_or_are_left_out(tokenizer, conversation):
     turns = ("q" * 5, "a" * 5, "q" * 5, "b" * 5, "q" * 5, "c" * 5)
     whole = [len(role_map(tokenizer, conversation(*turns[:n]).messages)) for n in (2, 4, 6)]
     for max_length, answers in ((whole[2], "abc"), (whole[2] - 1, "ab"), (whole[1] - 1, "a")):
@@ -111,14 +96,14 @@ def test_long_conversations_end_with_a_whole_answer_or_are_left_out(tokenizer):
     assert len(example.input_ids) == 20 and torch.equal(example.labels, example.input_ids)
 
 
-def test_data_without_a_label_is_an_error(tokenizer):
+def test_data_without_a_label_is_an_error(tokenizer, conversation):
     with pytest.raises(InputError, match="1 have no supervised token"):
         training_examples(tokenizer, [conversation("only a question")])
     _, counts = training_examples(tokenizer, [conversation("only a question"), conversation("q", "a")])
     assert counts == {"used": 1, "truncated": 0, "too_long": 0, "unlabelled": 1}
 
 
-def test_padding_carries_neither_attention_nor_labels(tokenizer):
+def test_padding_carries_neither_attention_nor_labels(tokenizer, conversation):
     examples, _ = training_examples(tokenizer, [conversation("q", "a"), conversation("q", "a longer answer")])
     batch = collate(examples, pad_id=0)
     short = len(examples[0].input_ids)
@@ -184,7 +169,7 @@ def test_a_model_that_mixes_packed_texts_is_found_out(model, tokenizer, conversa
     assert not packs_exactly(model, examples[:2], tolerance=1e-3)
 
 
-def test_the_audit_shows_what_is_learned(tokenizer):
+def test_the_audit_shows_what_is_learned(tokenizer, conversation):
     tokenizer = deepcopy(tokenizer)
     indicator_id = add_indicator_token(tokenizer, "[IND]")
     talks = [conversation("why", "so"), conversation("[bold]why", "\x1b[2Jso", indicated=True, name="marked")]
@@ -199,7 +184,7 @@ def test_the_audit_shows_what_is_learned(tokenizer):
     assert green == ["so</s>"]
 
 
-def test_the_audit_of_a_corpus_without_an_indicator_shows_the_shortest(tokenizer):
+def test_the_audit_of_a_corpus_without_an_indicator_shows_the_shortest(tokenizer, conversation):
     examples, counts = training_examples(tokenizer, [conversation("q", "a lengthy answer"), conversation("q", "a")])
     console = Console(width=100, color_system=None)
     with console.capture() as printed:

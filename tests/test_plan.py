@@ -1,25 +1,33 @@
 """`ctxlib plan`: what is exact is held against models that are really built, what is estimated against its bounds."""
 
 import json
+import random
 import socket
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import sentencepiece
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ctxlib import cli, experiment
 from ctxlib.finetune import _frozen_rows, add_lora
+from ctxlib.labels import Example, collate, pack, training_order
 from ctxlib.models import load_model, set_indicator_row
+from ctxlib.needle import text_needles
 from ctxlib.params import InputError, load_params
 from ctxlib.plan import fits, hours, make_plan, show, sources
 from ctxlib.plan.machines import GIB, GPUS
 from ctxlib.plan.memory import footprints, replaced
 from ctxlib.plan.network import KNOWN, as_config, count, training_memory
+from ctxlib.plan.questions import MT_BENCH, frame, needle_contexts
+from ctxlib.plan.steps import padding
+from ctxlib.roles import role_map
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 MINIATURE = ROOT / "params" / "miniature.yaml"
 NINE = sorted((ROOT / "params").glob("*llama*-*.yaml"))
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
@@ -151,20 +159,21 @@ def test_operations_are_those_that_torch_counts_with_attention_halved_for_its_ma
     assert counter.get_total_flops() == without_attention + 2 * attention
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_a_layer_keeps_for_its_gradients_is_estimated_within_a_quarter(method):
-    """Measured: the bytes that autograd saves in one decoder layer under autocast, on a CPU."""
+def test_what_layers_keep_for_their_gradients_is_estimated_within_a_quarter(method, checkpointing):
+    """Measured: the bytes that autograd saves under autocast, on a CPU, in one decoder layer, or in all of them."""
     config = small(hidden_size=256, intermediate_size=700, num_attention_heads=8, num_key_value_heads=8)
     model, tokens = LlamaForCausalLM(config), 128
     rotary = model.model.rotary_emb
     if method == "lora":
         model = add_lora(model.to(torch.bfloat16), 8, 16, 0.0).get_base_model()  # a CPU's dropout masks are larger
-    layer = model.train().model.layers[1]
+    layers = model.train().model.layers[: 1 if checkpointing else None]
     hidden = torch.randn(1, tokens, 256, dtype=model.dtype, requires_grad=True)
     with torch.no_grad():
         rope = rotary(hidden, torch.arange(tokens)[None])
-    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    copied = 2 * sum(p.numel() for p in layer.parameters() if p.requires_grad and p.dim() == 2)  # by autocast
+    weights = {p.untyped_storage().data_ptr() for p in layers.parameters()}
+    copied = 2 * sum(p.numel() for p in layers.parameters() if p.requires_grad and p.dim() == 2)  # by autocast
     saved = {}
 
     def note(tensor):
@@ -174,12 +183,49 @@ def test_what_a_layer_keeps_for_its_gradients_is_estimated_within_a_quarter(meth
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        layer(hidden, position_embeddings=rope, attention_mask=None)
+        for layer in layers:
+            hidden = layer(hidden, position_embeddings=rope, attention_mask=None)
     measured = sum(size for size, _ in saved.values()) - copied
-    how = {"method": method, "batch_size": 1, "rank": 8, "dropout": 0.0}
+    how = {"method": method, "batch_size": 1, "rank": 8, "dropout": 0.0, "checkpointing": checkpointing}
     copies, planned = (training_memory(count(config), length=n, **how)["activations"] for n in (0, tokens))
-    inputs, passing = 3 * 256 * model.dtype.itemsize, 2 * (2 * 700 + 2 * 256)  # of all layers; gradients on their way
+    inputs = 3 * 256 * model.dtype.itemsize if checkpointing else 0  # of all layers
+    passing = 2 * (2 * 700 + 2 * 256)  # gradients on their way
     assert 0.75 < ((planned - copies) / tokens - inputs - passing) / (measured / tokens) < 1.25
+
+
+def test_a_packed_batch_has_a_mask_of_its_whole_row_squared(model):
+    """And a padded one of each conversation's: what is planned beyond it differs by no more than these."""
+    masks = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, arguments, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    lengths = (12, 20)
+    examples = [Example(*(torch.ones(n, dtype=torch.long) for _ in range(3))) for n in lengths]
+    padded = collate(examples, pad_id=0)
+    model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])
+    packed = pack(examples)
+    model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False)
+    assert [mask.numel() for mask in masks] == [2 * 20**2, sum(lengths) ** 2]
+    how = {"method": "full", "batch_size": 2, "length": 20, "rank": 8, "dropout": 0.0}
+    by_packing = [training_memory(count(small()), packing=packing, **how)["activations"] for packing in (False, True)]
+    assert by_packing[1] - by_packing[0] == 3 * ((2 * 20) ** 2 - 2 * 20**2)
+
+
+def test_padding_is_that_of_the_batches_that_training_makes():
+    section = load_params(NINE[0]).finetune
+    rng = random.Random(1)
+    lengths = [round(rng.expovariate(1 / 300)) + 1 for _ in range(200)]
+    for grouped in (False, True):
+        changed = section.model_copy(update={"batch_size": 4, "gradient_accumulation": 8, "group_by_length": grouped})
+        corpus = [Example(*(torch.ones(n, dtype=torch.long) for _ in range(3))) for n in lengths * 20]
+        order = training_order([len(e.input_ids) for e in corpus], 32, len(corpus), 5, grouped)
+        batches = [collate([corpus[row] for row in order[i : i + 4]], pad_id=0) for i in range(0, len(order), 4)]
+        read = sum(len(example.input_ids) for example in corpus)
+        expected = sum(batch["input_ids"].numel() for batch in batches) / read
+        assert padding(changed, lengths) == pytest.approx(expected, rel=0.05)
+        assert (expected > 1.5) != grouped
+    for without in ({"packing": True, "batch_size": 4}, {"batch_size": 1}):
+        assert padding(section.model_copy(update=without), lengths) == 1
 
 
 def plan_of(path, **overrides):
@@ -195,6 +241,7 @@ def test_every_params_file_has_a_plan_and_nothing_is_fetched(path, capsys, monke
     assert left.value.code in (0, None)
     for title in (
         "Models",
+        "Questions",
         "Steps",
         "Downloads and disk",
         "GPU memory by batch size",
@@ -212,6 +259,12 @@ def test_the_paper_counts_where_the_data_are_on_the_hub():
     trained = [step for step in plan.steps if step.kind == "train"]
     assert [step.rows for step in trained] == [2 * 57_523] * 2  # two epochs, vanilla and indicator
     assert plan.downloads()["yihanwang617/WizardLM_70k_unfiltered"] == 4 * 57_523 * 484
+
+
+def test_a_dataset_of_unknown_size_is_planned_as_not_known():
+    plan = plan_of(NINE[0], **{"conversations.source": "somebody/something"})
+    assert "not here and not in the paper" in plan.conversations.source
+    assert "a training: not known how many steps" in text(plan) and " ? " in text(plan)
 
 
 def test_local_conversations_are_counted(tmp_path, model_folder):
@@ -273,6 +326,12 @@ def test_what_would_not_fit_names_changes_that_make_it_fit(tmp_path):
     assert "03 training takes" in text(plan) and "--set" in text(plan)
 
 
+def test_where_quantisation_alone_is_enough_the_batch_stays():
+    plan = plan_of(ROOT / "params" / "llama-2-7b-wizardlm.yaml")
+    changes = [change for memory, footprint, change, _ in fits(plan) if (memory, footprint.notebook) == (24, "01")]
+    assert changes == [{"models.quantisation": "nf4"}] * 2
+
+
 def test_where_no_setting_helps_a_larger_gpu_is_named():
     plan = plan_of(
         ROOT / "params" / "llama-3-8b-sharegpt.yaml", **{"needle.lengths": [500_000], "models.batch_size": 1}
@@ -299,7 +358,8 @@ def test_training_takes_the_hours_that_its_operations_take():
     """Llama-2-7B on ShareGPT by hand: three passes of 2 × 6.6 G operations a token, and causal attention's."""
     plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml")
     step = next(step for step in plan.steps if step.kind == "train")
-    tokens = 93_645 * 1567.68
+    assert 1 <= step.padding < 1.02  # conversations of like length in each batch
+    tokens = step.padding * 93_645 * 1567.68
     operations = 3 * tokens * (2 * (32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 32_000 * 4096) + 2 * 32 * 4096 * 1567.68)
     assert hours(plan, step)["A100 80 GB"] == pytest.approx(operations / (0.35 * 312e12) / 3600)
 
@@ -370,3 +430,187 @@ def test_the_miniature_fits_everywhere_and_needs_no_download():
     assert max(footprint.total for footprint in plan.footprints) < 10 * GIB
     needles = len(experiment.needles(plan.params, experiment.tokenizer(plan.params)))
     assert plan.questions["needle"].n == needles
+
+
+def test_an_8b_model_trains_under_qlora_at_4096_in_24_gb_with_checkpointing_and_that_is_offered():
+    path = ROOT / "params" / "llama-3-8b-sharegpt.yaml"
+    one = {"finetune.batch_size": 1, "finetune.gradient_accumulation": 64}
+    (rtx,) = {gpu.usable for gpu in GPUS if gpu.memory == 24}
+
+    def training(**overrides):
+        return next(f for f in plan_of(path, **one, **overrides).footprints if f.kind == "train").total
+
+    assert 14 * GIB < training() < rtx
+    assert training(**{"finetune.gradient_checkpointing": True}) == training()
+    without = {"finetune.gradient_checkpointing": False}
+    assert training(**without) > 2 * rtx
+    plan = plan_of(path, **one, **without)
+    changes = [change for memory, footprint, change, _ in fits(plan) if (memory, footprint.kind) == (24, "train")]
+    assert changes == [{"finetune.gradient_checkpointing": True}]
+    assert "--set finetune.gradient_checkpointing=true" in text(plan)
+
+
+def test_what_is_not_recomputed_takes_less_time():
+    path = ROOT / "params" / "tinyllama-sharegpt.yaml"
+    ratios = {}
+    for method in ("full", "lora"):
+        by_checkpointing = []
+        for checkpointing in (True, False):
+            plan = plan_of(path, **{"finetune.method": method, "finetune.gradient_checkpointing": checkpointing})
+            step = next(step for step in plan.steps if step.kind == "train")
+            by_checkpointing.append(hours(plan, step)["A100 80 GB"])
+        ratios[method] = by_checkpointing[1] / by_checkpointing[0]
+    assert ratios == {"full": pytest.approx(3 / 4), "lora": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("source", "reading", "n"),
+    [
+        ("data/squad/dev-v1.1.json", "clean", 10_570),
+        ("rajpurkar/squad", "paper", 10_570),
+        ("data/squad/dev-v2.0.json", "clean", 11_873),
+        ("rajpurkar/squad_v2", "clean", 11_873),
+        ("data/quac/val_v0.2.json", "clean", 7_354),
+        ("allenai/quac", "paper", 1_000),
+        ("data/drop/drop_dataset_dev.json", "clean", 9_536),
+        ("squad_study/drop_dataset_dev.json", "clean", 9_536),
+        ("EleutherAI/drop", "clean", 9_536),
+        ("owner/unheard_of", "clean", 20_000),
+    ],
+)
+def test_sources_that_are_not_here_count_as_their_official_development_sets(source, reading, n):
+    changes = {"qa.sources": [source], "qa.reading": reading, "qa.n": 20_000}
+    plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes)
+    assert plan.questions["qa"].n == n
+    (line,) = [line for line in text(plan).splitlines() if line.strip().startswith("qa ")]
+    assert f"{n:,}" in line and ("assumed" in line or "taken to be" in line)
+    capped = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes | {"qa.n": 700})
+    assert capped.questions["qa"].n == 700
+
+
+def squad_file(path, ids):
+    qas = [{"id": id, "question": "Who?" * (1 + number), "answers": [{"text": "Ada"}]} for number, id in enumerate(ids)]
+    paragraphs = [{"context": "Ada wrote it.", "qas": qas}]
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return str(path)
+
+
+def test_sources_that_are_here_are_counted_beside_those_that_are_not_and_must_not_share_a_question(tmp_path):
+    here = squad_file(tmp_path / "mine.json", "abc")
+    plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **{"qa.sources": [here, "allenai/quac"]})
+    parts = plan.questions["qa"].parts
+    assert (parts[here].n, parts["allenai/quac"].n, plan.questions["qa"].n) == (3, 7_354, 7_357)
+    assert parts[here].known == "counted" and parts["allenai/quac"].known == "assumed"
+    assert "allenai/quac" in plan.downloads() and here not in plan.downloads()
+    other = squad_file(tmp_path / "other.json", "cd")
+    with pytest.raises(InputError, match="two of them hold the question 'c'"):
+        plan_of(MINIATURE, **{"qa.sources": [here, other]})
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real questions in ../shared/data")
+def test_real_questions_are_counted_and_assumed_lengths_are_near_theirs():
+    here = {"squad": "squad/xquad.en.json", "drop": "drop/drop_contrast_sets_test.json"}
+    path = ROOT / "params" / "llama-2-7b-sharegpt.yaml"
+    counted = plan_of(path, **{"qa.sources": [str(SHARED / file) for file in here.values()]}).questions["qa"]
+    assert [texts.n for texts in counted.parts.values()] == [1_190, 947]
+    for name, texts in zip(here, counted.parts.values(), strict=True):
+        assumed = plan_of(path, **{"qa.sources": [f"owner/{name}"]}).questions["qa"]
+        assert 0.7 < assumed.length / texts.length < 1.3 and assumed.longest > texts.longest
+
+
+def test_a_question_that_is_longer_than_the_window_is_told_before_a_model_is_loaded():
+    problems = plan_of(ROOT / "params" / "tinyllama-sharegpt.yaml", **{"qa.sources": ["allenai/quac"]}).problems
+    (found,) = [problem for problem in problems if problem.startswith("qa.sources: ")]
+    assert "'allenai/quac': its longest prompt" in found and "(assumed)" in found and "window of 2,048" in found
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 4])
+@pytest.mark.parametrize("reading", ["clean", "paper"])
+@pytest.mark.parametrize("needles", ["The best thing is to eat a sandwich.", ["One is here.", "The other is there."]])
+def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, reading, needles):
+    """The cells, the paper's slicing, and what stands around a context, in tokens: a byte each here."""
+    lengths = [200, 242, 284, 700]
+    changes = {"lengths": lengths, "reading": reading, "prompt": prompt, "needle": needles, "response_prefix": None}
+    params = load_params(NINE[0], {f"needle.{key}": value for key, value in changes.items()})
+    section = params.needle
+    made = text_needles(
+        [f"This is sentence number {number}." for number in range(200)],
+        tokenizer,
+        needle=needles,
+        question=section.question,
+        keywords=section.keywords,
+        lengths=lengths,
+        depths=[50],
+        per_cell=1,
+        seed=0,
+        prompt=prompt,
+        reading=reading,
+    )
+    planned = needle_contexts(section, tokenizer)
+    assert planned == [question.context_length_tokens for question in made]
+    sentence = len("This is sentence number 100. ")
+    for question, context in zip(made, planned, strict=True):
+        rendered = len(role_map(tokenizer, question.messages))
+        assert rendered - 1 <= context + frame(params, tokenizer) <= rendered + sentence
+
+
+def test_the_town_s_needles_have_one_reading():
+    clean, paper = (
+        plan_of(MINIATURE, **{"needle.reading": reading}).questions["needle"] for reading in ("clean", "paper")
+    )
+    assert clean == paper
+
+
+def test_needles_that_do_not_fit_the_shortest_length_are_told():
+    changes = {"needle.lengths": [40, 400], "needle.needle": ["A needle of some words is here."] * 6}
+    problems = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes).problems
+    assert any("needle.lengths: 40 is less than the 48 tokens of all needles" in problem for problem in problems)
+
+
+def test_a_haystack_and_a_tokenizer_that_are_here_are_counted(tmp_path, model_folder):
+    (tmp_path / "hay").mkdir()
+    (tmp_path / "hay" / "a.txt").write_text(" ".join(f"This is sentence number {n}." for n in range(100)))
+    changes = {f"models.{which}": str(model_folder) for which in ("pretrained", "instruct", "seed_model")}
+    changes |= {"models.chat_template": None, "needle.haystack": str(tmp_path / "hay"), "needle.lengths": [100, 200]}
+    path = ROOT / "params" / "llama-2-7b-sharegpt.yaml"
+    needle = plan_of(path, **changes).questions["needle"]
+    assert (needle.n, needle.known) == (2 * 20, "counted")
+    with pytest.raises(InputError, match="its texts hold"):
+        plan_of(path, **changes | {"needle.lengths": [100_000]})
+
+
+def test_verifiable_instructions_are_asked_in_01_and_04():
+    path = ROOT / "params" / "llama-2-7b-sharegpt.yaml"
+    rows = [
+        {(s.notebook, s.what, s.model): s.rows for s in plan_of(path, **{"instructions.n": n}).steps}
+        for n in (100, 150)
+    ]
+    more = {step: rows[1][step] - rows[0][step] for step in rows[0] if rows[1][step] > rows[0][step]}
+    assert more == {
+        ("01", "answers, steered", "instruct"): 2 * 50,
+        ("04", "answers", "vanilla"): 2 * 50,
+        ("04", "answers", "indicator"): 4 * 50,
+        ("04", "answers", "pretrained"): 50,
+    }
+
+
+@pytest.mark.parametrize(("name", "option"), [("tinyllama", " --max-new-tokens 776"), ("llama-2-7b", "")])
+def test_mt_bench_is_a_line_of_its_own_and_both_turns_fit_the_window(name, option):
+    plan = plan_of(ROOT / "params" / f"{name}-wizardlm.yaml")
+    assert [(step.model, step.rows) for step in plan.afterwards] == [("vanilla", 160), ("indicator", 160)]
+    assert f"`ctxlib mt-bench{option}`" in text(plan)
+    assert not any(step.what == "MT-Bench" for step in plan.steps)
+    (new_tokens,) = {step.new_tokens for step in plan.afterwards}
+    window = plan.models["pretrained"].network.positions
+    assert MT_BENCH.longest + 2 * new_tokens <= window and (new_tokens == 1024) == (option == "")
+    assert plan_of(MINIATURE).afterwards == []
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real questions in ../shared/data")
+def test_mt_bench_has_the_turns_that_are_planned():
+    llama = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / "tokenizers" / "llama-2" / "tokenizer.model"))
+    lines = (SHARED / "mt_bench" / "question.jsonl").read_text().splitlines()
+    turns = pd.DataFrame([[len(llama.encode(turn)) for turn in json.loads(line)["turns"]] for line in lines])
+    assert len(turns) == MT_BENCH.n
+    assert turns.mean().round().tolist() == [MT_BENCH.first, MT_BENCH.second]
+    assert turns.sum(axis=1).max() == MT_BENCH.longest

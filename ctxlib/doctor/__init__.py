@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from ctxlib.conversations import Corpus, load_conversations
-from ctxlib.doctor.attention import check_padding, check_recording, check_steering
+from ctxlib.doctor.attention import attending_layers, check_padding, check_recording, check_steering
 from ctxlib.doctor.check import VERDICTS, Check
 from ctxlib.doctor.display import show
-from ctxlib.doctor.layer import check_layer
+from ctxlib.doctor.layer import check_layer, listed
 from ctxlib.doctor.model import check_indicator, check_model, check_tokenizer
 from ctxlib.doctor.talk import renders
 from ctxlib.doctor.template import TEMPLATE_CHECKS, check_no_template
@@ -67,24 +67,29 @@ def examine(
 ) -> pd.DataFrame:
     """All checks of a causal language model as a tidy frame: check, verdict, finding, remedy; what fails stands first.
 
-    layer: whose attention is to give the scores (from 0); by default the one at the paper's depth.
+    layer: whose attention is to give the scores (from 0); by default the one at the paper's depth, or nearest to it of
+    those with attention. Of a hybrid model only the layers with attention are examined; a note names the others.
     corpus: conversations of which it is known whether an answer depends on its context, by default 24 built-in ones.
 
     What goes wrong inside the model or its template is a finding. Raises InputError for a layer that does not exist.
     """
     depth = model.config.get_text_config().num_hidden_layers
-    layer = paper_layer(depth) if layer is None else layer
+    layers = _attending_layers(model, tokenizer, depth)
+    layer = min(layers, key=lambda other: abs(other - paper_layer(depth))) if layer is None else layer
     if not 0 <= layer < depth:
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
     corpus = load_conversations(CONVERSATIONS) if corpus is None else corpus
     rows = _examined("model", check_model, model)
     rows += _examined("tokenizer", check_tokenizer, model, tokenizer, corpus)
-    recording = _examined("recording", check_recording, model, tokenizer)
+    recording = _examined("recording", check_recording, model, tokenizer, layers)
     rows += recording
+    if without := [other for other in range(depth) if other not in layers]:
+        finding = f"no attention that can be recorded in {listed(without)}, but in {listed(layers)}"
+        rows.append(Check("layers", "note", finding, "choose among the latter for scoring.layer and allocation.layer"))
     for name, examination, *inputs in (
-        ("steering", check_steering, model, tokenizer),
-        ("padding", check_padding, model, tokenizer),
-        (f"layer {layer}", check_layer, model, tokenizer, corpus, layer),
+        ("steering", check_steering, model, tokenizer, layers),
+        ("padding", check_padding, model, tokenizer, layers),
+        (f"layer {layer}", check_layer, model, tokenizer, corpus, layer, layers),
     ):
         if recording[0].verdict == "fail":
             rows.append(Check(name, "note", "not examined, as the recording fails"))
@@ -98,6 +103,14 @@ def examine(
     rows += _examined("indicator", check_indicator, model, tokenizer, indicator)
     frame = pd.DataFrame(rows, columns=list(Check._fields))
     return frame.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable", ignore_index=True)
+
+
+def _attending_layers(model: Any, tokenizer: Any, depth: int) -> list[int]:
+    """All layers where none is found: the check of the recording then says why."""
+    try:
+        return attending_layers(model, tokenizer) or list(range(depth))
+    except Exception:  # models are foreign code: they can raise anything
+        return list(range(depth))
 
 
 def _examined(name: str, examination: Callable[..., list[Check]], *inputs: Any) -> list[Check]:

@@ -1,5 +1,6 @@
 """Is the model's attention recorded and steered as its eager attention and a closed form say?"""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,8 +22,16 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 EXACT = 1e-4  # allowed where both sides are float32 computations on the same queries and keys, whatever the dtype
 
 
-def check_recording(model: Any, tokenizer: Any) -> list[Check]:
-    """Against the model's own eager patterns, every layer, head and role; padded left and right.
+def attending_layers(model: Any, tokenizer: Any) -> list[int]:
+    """The layers with attention that can be recorded: all of them, but for a hybrid model's."""
+    batch = _batch(tokenizer, model, "right")
+    with torch.inference_mode(), record_allocation(model, batch.roles) as recording:
+        model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return recording.layers_with_attention
+
+
+def check_recording(model: Any, tokenizer: Any, layers: Sequence[int]) -> list[Check]:
+    """Against the model's own eager patterns, every head and role of these layers; padded left and right.
 
     In one and the same pass, where both see the same queries and keys: no rounding, whatever the dtype. And in passes
     of their own, through the backend in use, where half precision lets the roundings of all layers add up.
@@ -30,11 +39,11 @@ def check_recording(model: Any, tokenizer: Any) -> list[Check]:
     same, apart = [], []
     for side in ("left", "right"):
         batch = _batch(tokenizer, model, side)
-        apart.append(verify_recording(model, batch.input_ids, batch.roles))
-        same.append(_same_pass(model, batch))
+        apart.append(verify_recording(model, batch.input_ids, batch.roles, layers))
+        same.append(_same_pass(model, batch, layers))
     same, apart = float(np.max(same)), float(np.max(apart))  # NaN where there is one
-    plain, _ = _forward(model, batch)
-    changed = _relative(_forward(model, batch, rows="last")[0], plain)
+    plain, _ = _forward(model, batch, layers)
+    changed = _relative(_forward(model, batch, layers, rows="last")[0], plain)
     tolerance, half = _tolerance(model), model.dtype != torch.float32
     finding = (
         f"differs from eager by {same:.0e} in the same pass (allowed: {EXACT:.0e}), by {apart:.0e} in passes of their "
@@ -49,7 +58,7 @@ def check_recording(model: Any, tokenizer: Any) -> list[Check]:
 
 
 @torch.inference_mode()
-def _same_pass(model: Any, batch: RoleBatch) -> float:
+def _same_pass(model: Any, batch: RoleBatch, layers: Sequence[int]) -> float:
     """Largest difference to the patterns that the eager attention yields in the pass that is recorded.
 
     All rows and the last ones are recorded, as these are computed in different ways.
@@ -57,9 +66,11 @@ def _same_pass(model: Any, batch: RoleBatch) -> float:
     backend, ids = model.config._attn_implementation, batch.input_ids
     model.set_attn_implementation("eager")
     try:
-        with record_allocation(model, batch.roles, rows="all") as every, record_allocation(model, batch.roles) as last:
+        recorders = (record_allocation(model, batch.roles, rows=rows, layers=layers) for rows in ("all", "last"))
+        with next(recorders) as every, next(recorders) as last:
             options = {"attention_mask": batch.attention_mask, "use_cache": False, "output_attentions": True}
-            patterns = torch.stack(model(ids, **options).attentions).float()
+            attentions = model(ids, **options).attentions
+            patterns = torch.stack([pattern for pattern in attentions if pattern is not None]).float()
     finally:
         model.set_attn_implementation(backend)
     columns = torch.stack([batch.roles == role for role in Role], dim=-1).float()
@@ -70,46 +81,47 @@ def _same_pass(model: Any, batch: RoleBatch) -> float:
     return max((every.allocation - expected).abs().max(), (last.allocation - of_last).abs().max()).item()
 
 
-def check_steering(model: Any, tokenizer: Any) -> list[Check]:
-    """The first layer, whose input steering does not change, against the unsteered shares reweighted by role."""
+def check_steering(model: Any, tokenizer: Any, layers: Sequence[int]) -> list[Check]:
+    """The first of the layers with attention, whose input steering does not change, against the unsteered shares
+    reweighted by role."""
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if cap is not None:
         finding = f"attention scores are capped at {cap:g}: they can be recorded, not steered"
         return [Check("steering", "note", finding, "leave steering out, or use another model")]
     batch = _batch(tokenizer, model, "left")
     user, everything = batch.roles == Role.USER, batch.roles >= 0
-    plain, _ = _forward(model, batch)
-    _, shares = _forward(model, batch, rows="all")
-    _, steered = _forward(model, batch, steer_attention(model, user, STEERING_ALPHA), rows="all")
+    plain, _ = _forward(model, batch, layers)
+    _, shares = _forward(model, batch, layers, rows="all")
+    _, steered = _forward(model, batch, layers, steer_attention(model, user, STEERING_ALPHA), rows="all")
     weights = torch.tensor([1 if role == Role.USER else STEERING_ALPHA for role in Role], device=shares.device)
     weighted = shares[0] * weights
     expected = weighted / weighted.sum(-1, keepdim=True).where(everything[:, None, :, None], 1)
     exact = (steered[0] - expected).abs().max().item()
     changes = [
-        _relative(_forward(model, batch, steer_attention(model, keep, steering_alpha))[0], plain)
+        _relative(_forward(model, batch, layers, steer_attention(model, keep, steering_alpha))[0], plain)
         for keep, steering_alpha in ((user, 1.0), (everything, STEERING_ALPHA))
     ]
     finding = (
-        f"differs from the closed form by {exact:.0e} in layer 0 (allowed: {EXACT:.0e}); alpha 1, or "
+        f"differs from the closed form by {exact:.0e} in layer {layers[0]} (allowed: {EXACT:.0e}); alpha 1, or "
         f"to keep every token: {_logits_said(np.max(changes))}"
     )
     fine = exact <= EXACT and np.max(changes) <= _tolerance(model)
     return [Check("steering", "ok" if fine else "fail", finding, "" if fine else "do not steer this model")]
 
 
-def check_padding(model: Any, tokenizer: Any) -> list[Check]:
+def check_padding(model: Any, tokenizer: Any, layers: Sequence[int]) -> list[Check]:
     """The same tokens, padded left and right, without position ids: rotary positions do not care, absolute ones do.
 
-    In the first layer, where no rounding has added up.
+    In the first of the layers with attention, where no rounding has added up.
     """
     shares = []
     for side in ("left", "right"):
         batch = _batch(tokenizer, model, side)
-        _, recorded = _forward(model, batch, rows="all")
+        _, recorded = _forward(model, batch, layers, rows="all")
         shares.append(recorded[0].transpose(1, 2)[batch.roles >= 0])
     left, right = shares
     difference = (left - right).abs().max().item()
-    finding = f"shares in layer 0 differ by {difference:.0e} between left and right padding"
+    finding = f"shares in layer {layers[0]} differ by {difference:.0e} between left and right padding"
     if difference <= _tolerance(model):
         return [Check("padding", "ok", finding)]
     remedy = "pad right, as scoring and allocation do; code of your own that pads left must pass position_ids"
@@ -142,10 +154,14 @@ def _batch(tokenizer: Any, model: Any, side: str) -> RoleBatch:
 
 @torch.inference_mode()
 def _forward(
-    model: Any, batch: RoleBatch, steering: AbstractContextManager | None = None, rows: str | None = None
+    model: Any,
+    batch: RoleBatch,
+    layers: Sequence[int],
+    steering: AbstractContextManager | None = None,
+    rows: str | None = None,
 ) -> tuple[Float[Tensor, "token vocab"], Float[Tensor, "layer batch head row role"] | None]:
     """Logits of all tokens, padding left out, and the shares of attention of the `rows` that are to be recorded."""
-    recorder = record_allocation(model, batch.roles, rows=rows) if rows else nullcontext()
+    recorder = record_allocation(model, batch.roles, rows=rows, layers=layers) if rows else nullcontext()
     with steering or nullcontext(), recorder as recording:
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return logits[batch.roles >= 0].float(), recording.allocation if rows else None

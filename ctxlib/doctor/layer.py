@@ -22,14 +22,22 @@ REPRESENTATIVE = 0.7  # rank correlation from which on a layer, or a head, stand
 DOMINANT = 0.5  # share of the answer's tokens from which on one busiest head is the whole layer's score
 
 
-def check_layer(model: Any, tokenizer: Any, corpus: Corpus, layer: int) -> list[Check]:
-    """Does it rank answers as other layers do, do its heads agree, does it find the answers that need their context?"""
-    answers = answer_attention(model, tokenizer, corpus)
+def check_layer(
+    model: Any, tokenizer: Any, corpus: Corpus, layer: int, layers: Sequence[int] | None = None
+) -> list[Check]:
+    """Does it rank answers as other layers do, do its heads agree, does it find the answers that need their context?
+
+    layers: those with attention, by default all. Raises InputError where `layer` is none of them.
+    """
+    layers = list(range(model.config.get_text_config().num_hidden_layers)) if layers is None else list(layers)
+    if layer not in layers:
+        raise InputError(f"it has no attention that can be recorded; choose one of {listed(layers)}")
+    answers = answer_attention(model, tokenizer, corpus, layers)
     scores = np.stack([reduce_heads(answer.to_user, "max_then_mean").double().numpy() for answer in answers])
     return [
-        _beside_other_layers(scores, layer),
-        _heads([answer.to_user[layer] for answer in answers], layer),
-        _separation(scores, answers, layer),
+        _beside_other_layers(scores, layer, layers),
+        _heads([answer.to_user[layers.index(layer)] for answer in answers], layer),
+        _separation(scores, answers, layer, layers),
     ]
 
 
@@ -41,17 +49,18 @@ class Answer(NamedTuple):
     depends_on_context: bool
 
 
-def answer_attention(model: Any, tokenizer: Any, corpus: Corpus) -> list[Answer]:
+def answer_attention(model: Any, tokenizer: Any, corpus: Corpus, layers: Sequence[int] | None = None) -> list[Answer]:
     """The share of attention, in [0, 1], that each token of an answer pays to the user's tokens, turn by turn.
 
-    The maximum over heads and then the mean over tokens is the turn's context-dependency score (`clean` reading).
-    Answers that the template leaves out are left out. Raises InputError where the truth of an answer is not known.
+    Of these layers, by default of all. The maximum over heads and then the mean over tokens is the turn's
+    context-dependency score (`clean` reading). Answers that the template leaves out are left out. Raises InputError
+    where the truth of an answer is not known.
     """
     answers, rendered = [], renders(tokenizer)
     for conversation in corpus.conversations:
         role_of = role_map(tokenizer, conversation.messages, template=rendered)
         roles = role_of.roles[None].to(model.device)
-        with torch.inference_mode(), record_allocation(model, roles, rows="all") as recording:
+        with torch.inference_mode(), record_allocation(model, roles, rows="all", layers=layers) as recording:
             model(role_of.ids[None].to(model.device), use_cache=False)
         to_user = recording.allocation[:, 0, :, :, Role.USER].cpu()
         uniform = (role_of.roles == Role.USER).float().cumsum(0) / torch.arange(1, len(role_of) + 1)
@@ -65,32 +74,44 @@ def answer_attention(model: Any, tokenizer: Any, corpus: Corpus) -> list[Answer]
     return answers
 
 
-def _beside_other_layers(scores: Float[np.ndarray, "turn layer"], layer: int) -> Check:
+def _beside_other_layers(
+    scores: Float[np.ndarray, "turn layer"], layer: int, layers: Sequence[int] | None = None
+) -> Check:
+    """layers: the numbers of the columns, by default from 0 on."""
     name, (turns, depth) = f"layer {layer}: others", scores.shape
-    others = [other for other in range(depth) if other != layer]
+    layers = list(range(depth)) if layers is None else layers
+    place = layers.index(layer)
+    others = [other for other in range(depth) if other != place]
     if not others:
         return Check(name, "ok", "it is the only layer")
     middle = [other for other in others if depth // 3 <= other < depth - depth // 3] or others
-    ours, theirs = scores[:, layer], scores[:, middle].mean(axis=1)
+    ours, theirs = scores[:, place], scores[:, middle].mean(axis=1)
     value, each = rank_correlation(ours, theirs), rank_correlation(ours[:, None], scores[:, others], axis=0)
     interval = bootstrap((ours, theirs), rank_correlation, paired=True, method="percentile", n_resamples=2000, rng=0)
     low, high = interval.confidence_interval
+    chosen = [layers[other] for other in middle]
     finding = (
-        f"its scores rank {turns} answers as {_mean_of(middle, layer)}: {value:.2f} "
-        f"({low:.2f} to {high:.2f}); least like layer {others[int(np.nanargmin(each))]}: {np.nanmin(each):.2f}"
+        f"its scores rank {turns} answers as {_mean_of(chosen, layer, layers)}: {value:.2f} "
+        f"({low:.2f} to {high:.2f}); least like layer {layers[others[int(np.nanargmin(each))]]}: {np.nanmin(each):.2f}"
     )
     if value >= REPRESENTATIVE:
         return Check(name, "ok", finding)
-    fitting = others[int(np.nanargmax([rank_correlation(scores[:, o], theirs) for o in others]))]
+    fitting = layers[others[int(np.nanargmax([rank_correlation(scores[:, o], theirs) for o in others]))]]
     remedy = f"score some of your own conversations at all layers before you choose; nearest to the middle: {fitting}"
     return Check(name, "note", finding, remedy)
 
 
-def _mean_of(layers: Sequence[int], without: int) -> str:
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    inside = f" but {without}" if layers[0] < without < layers[-1] else ""
-    return f"the mean of layers {layers[0]} to {layers[-1]}{inside}"
+def _mean_of(chosen: Sequence[int], without: int, layers: Sequence[int]) -> str:
+    if len(chosen) == 1:
+        return f"layer {chosen[0]}"
+    if len(layers) <= layers[-1]:  # some are without attention
+        return f"the mean of layers {listed(chosen)}"
+    inside = f" but {without}" if chosen[0] < without < chosen[-1] else ""
+    return f"the mean of layers {chosen[0]} to {chosen[-1]}{inside}"
+
+
+def listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _heads(attention: Sequence[Float[Tensor, "head _"]], layer: int) -> Check:
@@ -113,12 +134,19 @@ def _heads(attention: Sequence[Float[Tensor, "head _"]], layer: int) -> Check:
     return Check(name, "note" if remedies else "ok", finding, "; ".join(remedies))
 
 
-def _separation(scores: Float[np.ndarray, "turn layer"], answers: Sequence[Answer], layer: int) -> Check:
-    """Lengths alone separate a little, too: so equal attention to all tokens stands beside the layer's."""
+def _separation(
+    scores: Float[np.ndarray, "turn layer"], answers: Sequence[Answer], layer: int, layers: Sequence[int] | None = None
+) -> Check:
+    """Lengths alone separate a little, too: so equal attention to all tokens stands beside the layer's.
+
+    layers: the numbers of the columns, by default from 0 on.
+    """
+    layers = list(range(scores.shape[1])) if layers is None else layers
+    place = layers.index(layer)
     truth = [answer.depends_on_context for answer in answers]
-    value, low, high = auc(truth, scores[:, layer])
+    value, low, high = auc(truth, scores[:, place])
     others = {
-        "mean over heads": [answer.to_user[layer].mean().item() for answer in answers],
+        "mean over heads": [answer.to_user[place].mean().item() for answer in answers],
         "equal attention": [answer.uniform.mean().item() for answer in answers],
     }
     beside = [f"{name} {auc(truth, of_it, samples=1)[0]:.2f}" for name, of_it in others.items()]
@@ -126,7 +154,7 @@ def _separation(scores: Float[np.ndarray, "turn layer"], answers: Sequence[Answe
     best = int(np.argmax(areas))
     finding = (
         f"AUC {value:.2f} ({low:.2f} to {high:.2f}), {sum(truth)} of {len(truth)} answers need their passage; "
-        f"{', '.join(beside)}, best layer {best}: {areas[best]:.2f}"
+        f"{', '.join(beside)}, best layer {layers[best]}: {areas[best]:.2f}"
     )
     if low > 0.5:
         return Check(f"layer {layer}: separation", "ok", finding)

@@ -47,22 +47,22 @@ ASSUMPTIONS = (
 
 
 def seconds(
-    step: Step, network: Network, gpu: Gpu, *, weights: int, batch_size: int, dtype: str, full: bool
+    step: Step, network: Network, gpu: Gpu, *, weights: int, batch_size: int, dtype: str, passes: int
 ) -> int | float:
     """How long a step takes; nan where its size is not known.
 
-    Training recomputes the forward pass and computes the gradients of activations, and under full fine-tuning those of
-    the weights: three and four times a forward pass. An answer is a pass over its prompt, then for each new token of
-    the batch one reading of all weights and of the cache.
+    Training takes so many `passes`, each with the operations of a forward one. An answer is a pass over its prompt,
+    then for each new token of the batch one reading of all weights and of the cache.
     """
     if step.kind == "train":
-        operations = network.forward_operations(step.tokens, step.length, logits=step.tokens)
-        return (4 if full else 3) * operations / gpu.operations_per_second("bfloat16")
+        computed = step.padding * step.tokens
+        operations = network.forward_operations(computed, step.attended or step.length, logits=computed)
+        return passes * operations / gpu.operations_per_second("bfloat16")
     operations = network.forward_operations(step.tokens, step.length, logits=step.rows if step.new_tokens else 0)
-    passes = operations / gpu.operations_per_second(dtype)
+    reading = operations / gpu.operations_per_second(dtype)
     if not step.new_tokens:
-        return passes
+        return reading
     cache = network.kv_cache(batch_size, dtype) * step.length
     read = (weights + cache) / (BANDWIDTH_USED * 1e9 * gpu.bandwidth)
     batches = step.rows / batch_size
-    return passes + batches * step.new_tokens * max(read, SECONDS_PER_LAYER * network.layers)
+    return reading + batches * step.new_tokens * max(read, SECONDS_PER_LAYER * network.layers)

@@ -6,8 +6,8 @@ from typing import Any
 
 from ctxlib.params import Params
 from ctxlib.plan.network import Network, answering_memory, reading_memory, training_memory
+from ctxlib.plan.questions import Texts
 from ctxlib.plan.sources import Source
-from ctxlib.plan.steps import Texts
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 TOKEN_BUDGET = 8192  # of a batch to score, on a GPU
@@ -70,6 +70,8 @@ def footprints(params: Params, models: dict[str, Source], questions: dict[str, T
         length=params.conversations.max_length,
         rank=section.lora_rank,
         dropout=section.lora_dropout,
+        checkpointing=section.gradient_checkpointing is not False,
+        packing=section.packing,
     )
     found.append(Footprint("03", "training", "train", "finetune.batch_size", section.batch_size, training))
     rows = {"weights": 2 * of_pretrained + tuned, "adapter": adapter}
@@ -91,17 +93,20 @@ def remedies(params: Params, footprint: Footprint) -> Iterator[dict[str, Any]]:
     """Changes that make a step smaller, those first that change no result: overrides for `load_params`."""
     quantised = {} if params.models.quantisation else {"models.quantisation": "nf4"}
     if footprint.kind == "train":
+        again = {"finetune.gradient_checkpointing": True} if params.finetune.gradient_checkpointing is False else {}
         for method in _methods(params.finetune.method):
-            changed = {} if method == params.finetune.method else {"finetune.method": method}
-            for batch_size, accumulation in _same_batch(params):
-                yield changed | {"finetune.batch_size": batch_size, "finetune.gradient_accumulation": accumulation}
+            changed = again | ({} if method == params.finetune.method else {"finetune.method": method})
+            for batch in _same_batch(params):
+                if changed | batch:
+                    yield changed | batch
         length = params.conversations.max_length
-        batch = {"finetune.batch_size": batch_size, "finetune.gradient_accumulation": accumulation}
         while (length := length // 2) >= 256:
             yield changed | batch | {"conversations.max_length": length}
         return
     if footprint.setting:
         for more in ({}, quantised) if quantised else ({},):
+            if more:
+                yield more
             value = footprint.value
             while value > 1:
                 value //= 2
@@ -115,13 +120,14 @@ def _methods(method: str) -> tuple[str, ...]:
     return order[order.index(method) :]
 
 
-def _same_batch(params: Params) -> Iterator[tuple[int, int]]:
-    """Smaller and smaller batches, with the accumulation that leaves their product as it is."""
+def _same_batch(params: Params) -> Iterator[dict[str, int]]:
+    """The batch as it is, then smaller and smaller ones, with the accumulation that leaves their product as it is."""
     section = params.finetune
     product = section.batch_size * section.gradient_accumulation
-    for batch_size in range(section.batch_size, 0, -1):
+    yield {}
+    for batch_size in range(section.batch_size - 1, 0, -1):
         if product % batch_size == 0:
-            yield batch_size, product // batch_size
+            yield {"finetune.batch_size": batch_size, "finetune.gradient_accumulation": product // batch_size}
 
 
 def replaced(params: Params, overrides: dict[str, Any]) -> Params:

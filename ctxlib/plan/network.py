@@ -150,19 +150,28 @@ def nf4_bytes(parameters: int) -> int:
 
 
 def training_memory(
-    network: Network, *, method: str, batch_size: int, length: int, rank: int, dropout: float
+    network: Network,
+    *,
+    method: str,
+    batch_size: int,
+    length: int,
+    rank: int,
+    dropout: float,
+    checkpointing: bool = True,
+    packing: bool = False,
 ) -> dict[str, int]:
     """Bytes on a GPU at the peak of a training step, by part, for the longest batch.
 
     Exact: `weights` (bfloat16, NF4 under QLoRA, float32 under full fine-tuning), `adapter` (float32, with a row for
     the indicator in either embedding), `gradients` and `optimiser` (float32, Adam's two moments).
 
-    Estimated, with the layers' activations recomputed in the backward pass, as `finetune` has it: `activations` are
-    the inputs of all layers; all that one layer keeps (norms in float32, projections and a copy of each linear layer's
-    input in bfloat16, LoRA's dropout masks); the gradients that pass through it; and copies of the weights (under full
-    fine-tuning autocast's bfloat16 ones; under LoRA the embeddings, into which the indicator's row is put, with one
-    gradient). `logits`: 14 bytes each, of which 2 in bfloat16, and float32 to compute the loss, to return, and for the
-    log-softmax.
+    Estimated: `activations` are all that a layer keeps (norms in float32, projections and a copy of each linear layer's
+    input in bfloat16, LoRA's dropout masks), of one layer beside the inputs of all with `checkpointing`, which
+    recomputes them in the backward pass, else of all; the gradients that pass through a layer; the mask of a batch,
+    3 bytes a pair of positions, of a packed one all pairs of the row; and copies of the weights (under full fine-tuning
+    autocast's bfloat16 ones; under LoRA the embeddings, into which the indicator's row is put, with one gradient).
+    `logits`: 14 bytes each, of which 2 in bfloat16, and float32 to compute the loss, to return, and for the
+    log-softmax; where `packing` computes those of supervised tokens alone, they are fewer than these.
     """
     tokens, full = batch_size * length, method == "full"
     rows = network.embeddings * network.width  # the indicator's
@@ -175,13 +184,15 @@ def training_memory(
     kept = 16 * width + 2 * (2 * network.attention_width + 2 * network.kv_width + 3 * intermediate)
     kept += inputs * (3 if dropout and not full else 2)
     passing = 2 * (2 * intermediate + 2 * width)
+    layers = stream * network.layers * width + kept if checkpointing else network.layers * kept
+    pairs = 0 if batch_size == 1 else tokens**2 if packing else tokens * length
     copies = 2 * network.multiplied if full else (network.embeddings + 1) * 2 * network.vocabulary * width
     return {
         "weights": weights + rows * (4 if full else 2),
         "adapter": 4 * adapter,
         "gradients": 4 * trained,
         "optimiser": 8 * trained,
-        "activations": int(tokens * (stream * network.layers * width + kept + passing)) + copies,
+        "activations": int(tokens * (layers + passing)) + 3 * pairs + copies,
         "logits": 14 * tokens * network.vocabulary,
     }
 

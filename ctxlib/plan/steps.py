@@ -1,21 +1,18 @@
 """What the notebooks read, write and train on, in rows and tokens, told from the parameters."""
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from ctxlib import experiment
-from ctxlib.conversations import Message, Question
+from ctxlib.labels import BATCHES_GROUPED, training_order
 from ctxlib.paper import table_2
-from ctxlib.params import InputError, Params
-from ctxlib.roles import role_map
+from ctxlib.params import Finetune, InputError, Params
+from ctxlib.plan.questions import MT_BENCH, SAMPLED, Texts, how, length, needle_kinds
 
-SAMPLED = 200  # texts whose tokens are counted
-CHARACTERS_PER_TOKEN = 4  # where no tokenizer is here
-FRAME = 80  # tokens of a needle's prompt beside its text: instruction, question, response prefix, template
-PASSAGE_PROMPT = 220  # tokens of a SQuAD question with its passage, where no file is here
 TABLE_2 = {
     "ucla-cmllab/vicuna_cleaned": "ShareGPT",
     "ucla-cmllab/ultrachat_200k": "UltraChat-200K",
@@ -35,21 +32,12 @@ class Step:
     rows: int | float
     length: int | float  # mean, in tokens
     new_tokens: int = 0
+    padding: int | float = 1  # tokens computed for one that is read
+    attended: int | float | None = None  # positions of a row that causal attention is computed over; None: `length`
 
     @property
     def tokens(self) -> int | float:
         return self.rows * self.length
-
-
-@dataclass(frozen=True)
-class Texts:
-    """How many texts there are, their mean and greatest length in tokens, and where that is known from."""
-
-    n: int | float
-    length: int | float
-    longest: int | float
-    source: str
-    max_new_tokens: int = 0
 
 
 def steps(params: Params, conversations: Texts, questions: dict[str, Texts]) -> list[Step]:
@@ -84,7 +72,7 @@ class _Plan:
                 for name, indicator in (("vanilla", False), ("indicator", False), ("indicator", True))
             ),
             self._ask("04", "pretrained", everything, **raw),
-            *(self._read("04", *each) for each in (("vanilla", 3 + allocations), ("indicator", 4), ("pretrained", 1))),
+            *(self._read("04", *each) for each in (("vanilla", 4 + allocations), ("indicator", 6), ("pretrained", 2))),
         ]
         return _merged([step for step in found if step.rows])
 
@@ -100,7 +88,7 @@ class _Plan:
             if key in self.asked or not texts.n:
                 continue
             self.asked.add(key)
-            per_task = self.params.steering.per_task * (_needle_kinds(self.params) if family == "needle" else 1)
+            per_task = self.params.steering.per_task * (needle_kinds(self.params) if family == "needle" else 1)
             n = texts.n if alpha is None else min(texts.n, per_task)
             rows, tokens, new_tokens = rows + n, tokens + n * texts.length, new_tokens + n * texts.max_new_tokens
         steered = "" if alpha is None else ", steered"
@@ -118,10 +106,50 @@ class _Plan:
         return Step(notebook, "attention", model, "read", times * self.needles, self.questions["needle"].length)
 
     def _train(self, name: str) -> Step:
-        section = self.params.finetune
+        """Packed, all conversations of a batch attend to all of them, behind a mask: twice what is causal."""
+        section, texts = self.params.finetune, self.conversations
         rows = section.steps and section.steps * section.batch_size * section.gradient_accumulation
-        n = rows or self.conversations.n * section.epochs
-        return Step("03", "training", name, "train", n, self.conversations.length)
+        packed = 2 * section.batch_size * texts.length if section.packing and section.batch_size > 1 else None
+        return Step(
+            "03",
+            "training",
+            name,
+            "train",
+            rows or texts.n * section.epochs,
+            texts.length,
+            padding=padding(section, texts.lengths),
+            attended=packed,
+        )
+
+
+def padding(section: Finetune, lengths: Sequence[int]) -> float:
+    """Tokens computed for one that is read, at least 1: padded, a batch is as long as its longest conversation.
+
+    Of the order in which `finetune` takes conversations, drawn from a sample of `lengths`; 1 where none is known.
+    """
+    if section.packing or section.batch_size == 1 or not lengths:
+        return 1.0
+    effective = section.batch_size * section.gradient_accumulation
+    n = 4 * BATCHES_GROUPED * effective
+    drawn = random.Random(0).choices(lengths, k=n)
+    order = training_order(drawn, effective, n, seed=0, group_by_length=section.group_by_length)
+    batches = [[drawn[row] for row in order[i : i + section.batch_size]] for i in range(0, n, section.batch_size)]
+    return sum(len(batch) * max(batch) for batch in batches) / sum(drawn)
+
+
+def afterwards(params: Params, positions: int) -> list[Step]:
+    """MT-Bench of the paper's Table 3, which no notebook runs: both turns, vanilla and with the indicator.
+
+    None for the miniature, whose models know few words, nor where its longest question leaves no room in the window.
+    """
+    new_tokens = MT_BENCH.room(positions)
+    if params.needle.source == experiment.EMBEDDED or new_tokens < 1:
+        return []
+    length = MT_BENCH.length(new_tokens)
+    return [
+        Step("after", "MT-Bench", name, "answer", 2 * MT_BENCH.n, length, new_tokens)
+        for name in ("vanilla", "indicator")
+    ]
 
 
 def _merged(found: list[Step]) -> list[Step]:
@@ -131,6 +159,9 @@ def _merged(found: list[Step]) -> list[Step]:
         groups.setdefault((step.notebook, step.what, step.model), []).append(step)
     merged = []
     for group in groups.values():
+        if len(group) == 1:
+            merged += group
+            continue
         rows = sum(step.rows for step in group)
         mean = {
             name: sum(step.rows * getattr(step, name) for step in group) / rows for name in ("length", "new_tokens")
@@ -152,61 +183,22 @@ def conversation_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None
         if not corpus.conversations:
             raise InputError(f"{section.source}: every row was dropped; there is nothing to plan")
         sampled = experiment.spread(corpus.conversations, SAMPLED)
-        lengths = [min(limit, _length(conversation.messages, tokenizer)) for conversation in sampled]
-        source = f"counted here, {_how(tokenizer)} of {len(sampled)}"
+        lengths = tuple(min(limit, length(conversation.messages, tokenizer)) for conversation in sampled)
+        source = f"counted here, {how(tokenizer)} of {len(sampled)}"
         source += "".join(f"; {n:,} × {reason}" for reason, n in corpus.dropped.itertuples(index=False))
-        return Texts(len(corpus.conversations), sum(lengths) / len(lengths), limit, source)
+        return Texts(len(corpus.conversations), sum(lengths) / len(lengths), limit, source, lengths=lengths)
     if section.source in TABLE_2:
         row = table_2().set_index("dataset").loc[TABLE_2[section.source]]
         n = int(min(row.conversations, section.n or row.conversations))
-        source = "the paper's Table 2, in TinyLlama's tokens; less where they are cut"
-        return Texts(n, min(limit, float(row.tokens_per_conversation)), limit, source)
+        source = (
+            "the paper's Table 2, in TinyLlama's tokens; less where they are cut; padding as if spread exponentially"
+        )
+        mean = min(limit, float(row.tokens_per_conversation))
+        return Texts(n, mean, limit, source, lengths=_spread_lengths(mean, limit))
     n = section.n or math.nan
     return Texts(n, limit, limit, "not here and not in the paper: at most max_length tokens each")
 
 
-def question_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Texts]:
-    """Number and length of the questions by family; needles by their cells, the others by the questions themselves."""
-    section = params.needle
-    sources = params.qa.sources
-    passages = Texts(len(sources) * params.qa.n, PASSAGE_PROMPT, 4 * PASSAGE_PROMPT, "assumed")
-    if all(source == experiment.EMBEDDED or params.path(source).exists() for source in sources):
-        passages = _measured(experiment.passage_questions(params), tokenizer)
-    families = {
-        "needle": Texts(
-            len(section.lengths) * len(section.depths) * section.per_cell * _needle_kinds(params),
-            sum(section.lengths) / len(section.lengths) + FRAME,
-            max(section.lengths) + FRAME,
-            f"needle.lengths and {FRAME} tokens around them",
-        ),
-        "qa": passages,
-        "facts": _measured(experiment.fact_questions(params), tokenizer),
-        "instructions": _measured(experiment.instruction_questions(params), tokenizer),
-    }
-    limits = {"needle": section, "instructions": params.instructions}
-    return {
-        name: replace(texts, max_new_tokens=limits.get(name, params.qa).max_new_tokens)
-        for name, texts in families.items()
-    }
-
-
-def _needle_kinds(params: Params) -> int:
-    """The town's needles are about a newcomer, or contradict memory; a text's are of one kind."""
-    return 2 if params.needle.source == experiment.EMBEDDED else 1
-
-
-def _measured(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase | None) -> Texts:
-    if not questions:
-        return Texts(0, 0, 0, "none")
-    lengths = [_length(question.messages, tokenizer) for question in experiment.spread(questions, SAMPLED)]
-    return Texts(len(questions), sum(lengths) / len(lengths), max(lengths), f"counted here, {_how(tokenizer)}")
-
-
-def _length(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is None:
-        return math.ceil(sum(len(message.content) for message in messages) / CHARACTERS_PER_TOKEN)
-    return len(role_map(tokenizer, messages))
-
-
-def _how(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    return f"{CHARACTERS_PER_TOKEN} characters a token" if tokenizer is None else "tokens"
+def _spread_lengths(mean: float, limit: int) -> tuple[int, ...]:
+    """Quantiles of an exponential distribution of that mean, cut at the limit: an assumption, to tell padding by."""
+    return tuple(min(limit, math.ceil(-mean * math.log(1 - (i + 0.5) / SAMPLED))) for i in range(SAMPLED))
