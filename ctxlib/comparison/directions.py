@@ -17,7 +17,7 @@ def directions(found: Sequence[Experiment]) -> pd.DataFrame:
     """The paper's claims with our changes: key, where, claim, paper_says, paper, measured, value, …, agrees.
 
     `paper` counts the signs of its own numbers (`paper.changes`); value, ci_low, ci_high (95 %) and n are ours, with
-    the interval over questions "paired" or, where the notebooks wrote no paired change, "unpaired" (`minus`), which is
+    the interval over questions "paired" or, where the notebooks wrote no paired change, "unpaired" (`minus`), as a rule
     wider. `agrees`: "yes" or "no" where the interval lies on one side of zero, "open" where it holds zero, "no
     interval", or "not measured".
     """
@@ -56,7 +56,7 @@ def minus(frame: pd.DataFrame, column: str, after: Any, before: Any, by: Sequenc
     """`by` …, value, ci_low, ci_high, n: the rows with `after` in a column minus those with `before`, unpaired.
 
     The interval is put together from those of the two values (in [-1, 1] for two rates), as if they were independent;
-    answers to the same questions are not, and their paired interval is narrower. Reference: Newcombe 1998, method 10;
+    answers to the same questions are not, and their paired interval is as a rule narrower. Reference: Newcombe 1998, method 10;
     Zou and Donner 2008 for any other mean.
     """
     sides = [frame[frame[column] == side].set_index(list(by))[list(VALUES)] for side in (after, before)]
