@@ -56,8 +56,8 @@ def minus(frame: pd.DataFrame, column: str, after: Any, before: Any, by: Sequenc
     """`by` …, value, ci_low, ci_high, n: the rows with `after` in a column minus those with `before`, unpaired.
 
     The interval is put together from those of the two values (in [-1, 1] for two rates), as if they were independent;
-    answers to the same questions are not, and their paired interval is as a rule narrower. Reference: Newcombe 1998, method 10;
-    Zou and Donner 2008 for any other mean.
+    answers to the same questions are not, and their paired interval is as a rule narrower. Reference: Newcombe 1998,
+    method 10; Zou and Donner 2008 for any other mean.
     """
     sides = [frame[frame[column] == side].set_index(list(by))[list(VALUES)] for side in (after, before)]
     both = sides[0].join(sides[1], how="inner", suffixes=("", "_before")).astype(float)
