@@ -574,19 +574,16 @@ def over_seeds(
     return pd.DataFrame(rows, columns=[*by, "value", "ci_low", "ci_high", "p_value", "n"])
 
 
-def seed_differences(
-    frame: pd.DataFrame, by: str | Sequence[str], *, after: str, before: str, value: str = "value"
-) -> pd.DataFrame:
-    """Change of `value` from the condition `before` to `after` within each seed: `by` …, seed, value.
+def seed_differences(frame: pd.DataFrame, by: str | Sequence[str], *, before: str) -> pd.DataFrame:
+    """Change of `value` from the condition `before` to every other within each seed: condition, `by` …, seed, value.
 
-    `frame` holds condition, seed, the columns `by` and a row a seed, condition and group. Raises InputError where a
-    seed has one of the two only.
+    `frame` holds condition, seed, the columns `by` and a row a seed, condition and group; groups that `before` has not
+    are left out. Raises InputError where a condition lacks a seed that `before` has, or the other way round.
     """
-    by = _names(by)
-    sides = [
-        frame[frame.condition == name].dropna(subset=[value]).set_index([*by, "seed"])[value]
-        for name in (after, before)
-    ]
-    if set(sides[0].index) != set(sides[1].index):
-        raise InputError(f"seed_differences: {after!r} and {before!r} were not run at the same seeds; run both alike")
-    return (sides[0] - sides[1].reindex(sides[0].index)).rename("value").reset_index()
+    keys = [*_names(by), "seed"]
+    sides = {name: part.set_index(keys)["value"] for name, part in frame.groupby("condition", sort=False)}
+    seeds = {name: set(side.index.get_level_values("seed")) for name, side in sides.items()}
+    if unlike := [name for name in sides if seeds[name] != seeds[before]]:
+        raise InputError(f"seed_differences: {unlike[0]!r} was not run at the seeds of {before!r}; run both alike")
+    changes = {name: (side - sides[before]).dropna() for name, side in sides.items() if name != before}
+    return pd.concat(changes, names=["condition"]).rename("value").reset_index()

@@ -105,12 +105,10 @@ class Results:
     def evidence(self, runs: pd.DataFrame, means: pd.DataFrame, unit: str = "questions") -> pd.DataFrame:
         """This notebook's rows of `<outputs>/<experiment>.csv`, the one tidy table of all evidence; gives them back.
 
-        runs: condition, metric, value, ci_low, ci_high, n, seed: single runs, n counting what `unit` says; a column
-            `asked` is added to the condition. means: the same without the seed, over n seeds.
+        runs: condition, metric, value, ci_low, ci_high, n, seed: single runs, n counting what `unit` says. means: the
+            same without the seed, over n seeds.
         """
         rows = pd.concat([runs.assign(unit=unit), means.assign(unit="seeds", seed="all")], ignore_index=True)
-        if "asked" in rows:
-            rows["condition"] = rows.condition.str.cat(rows.asked.fillna(""), sep=", ").str.removesuffix(", ")
         rows = rows.assign(question=self.notebook, experiment=self.params.experiment)[EVIDENCE_COLUMNS]
         self.record_output(write(self.folder / "tables" / "evidence" / f"{self.notebook}.csv", _csv(rows)))
         gather_evidence(self.params)

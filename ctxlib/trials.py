@@ -44,7 +44,6 @@ NAMES = {
     ("facts", "containment"): "known facts",
     ("instructions", "followed"): "instructions followed",
 }
-RUN = ["condition", "asked", "seed"]
 COLUMNS = ["family", "kind", "id", "metric", "layer", "value"]
 Marks = Literal["score", "oracle", "random"]
 
@@ -107,14 +106,17 @@ def run(
     *,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Every trial at every seed, asked in every way: condition, asked, seed, and the columns of `answers`.
+    """Every trial at every seed, asked in every way: condition, seed, metric, id, value; a row a question and metric.
+
+    A condition is the trial's name and the asking's, as in "vanilla, template". Metrics go by their names in NAMES;
+    recall also by the needles' kind, attention by layer and as the mean over all layers.
 
     The seed draws the conversations, the training's order and first weights, and the questions, so that trials of one
     seed are asked the same; a trial that names its own keeps it. A model without marks in its training has no indicator
     and is not asked with one. What another process is at work on is taken last.
     """
     jobs = [
-        (name, way, seed, _at_seed(trial, seed), asking)
+        (f"{name}, {way}", seed, _at_seed(trial, seed), asking)
         for seed in seeds
         for name, trial in trials.items()
         for way, asking in asked.items()
@@ -123,41 +125,55 @@ def run(
     found: dict[int, pd.DataFrame] = {}
     with tqdm(total=len(jobs), desc="trials", disable=not progress) as bar:
         for timeout in (0, -1):
-            for place, (name, way, seed, trial, asking) in enumerate(jobs):
+            for place, (condition, seed, trial, asking) in enumerate(jobs):
                 if place in found:
                     continue
                 try:
                     frame = answers(params, trial, asking, timeout=timeout)
                 except Timeout:  # taken up again when all else is done
                     continue
-                found[place] = frame.assign(condition=name, asked=way, seed=seed)
+                found[place] = _named(frame).assign(condition=condition, seed=seed)
                 bar.update()
     table = pd.concat([found[place] for place in range(len(jobs))], ignore_index=True)
-    return table[[*RUN, *COLUMNS]]
+    return table[["condition", "seed", "metric", "id", "value"]]
 
 
 def by_run(table: pd.DataFrame, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """The answers of `run` in numbers, a row a run and measure: condition, asked, seed, metric, value, ci_low, …, n.
+    """The answers of `run` in numbers: condition, seed, metric, value, ci_low, ci_high, n; a row a run and metric.
 
-    Metrics go by their names in NAMES; recall also by the needles' kind, attention by layer and as the mean over all
-    layers. The intervals are over the questions of one run (`metrics.summarise`): `metrics.over_seeds` gives those
-    that tell how runs differ.
+    The intervals are over the questions of one run (`metrics.summarise`); those over runs: `metrics.over_seeds`.
     """
+    runs = [
+        summarise(part, ["condition", "seed", "name"], "value", samples=samples, seed=seed)
+        for _, part in table.rename(columns={"metric": "name"}).groupby("name", sort=False)
+    ]
+    return pd.concat(runs, ignore_index=True).drop(columns="metric").rename(columns={"name": "metric"})
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
     names = pd.MultiIndex.from_frame(table[["family", "metric"]]).map(NAMES)
-    table = table.assign(metric=names).dropna(subset="metric")
+    table = table.assign(metric=names)
     recall, attention = table[table.metric == "NIH recall"], table[table.layer.notna()]
-    over_layers = attention.groupby([*RUN, "metric", "id"], sort=False, as_index=False)["value"].mean()
+    over_layers = attention.groupby(["metric", "id"], sort=False, as_index=False)["value"].mean()
     parts = [
         table[table.layer.isna()],
         recall.assign(metric=recall.metric + ", " + recall.kind),
         attention.assign(metric=attention.metric + ", layer " + attention.layer.astype(str)),
         over_layers.assign(metric=over_layers.metric + ", mean over layers"),
     ]
-    summaries = [
-        summarise(part.rename(columns={"metric": "name"}), [*RUN, "name"], "value", samples=samples, seed=seed)
-        for part in parts
-    ]
-    return pd.concat(summaries, ignore_index=True).drop(columns="metric").rename(columns={"name": "metric"})
+    return pd.concat([part[["metric", "id", "value"]] for part in parts], ignore_index=True)
+
+
+def dosed(
+    shares: Mapping[str, float], dose: float, *, ignoring: Sequence[str], reading: Sequence[str]
+) -> dict[str, float]:
+    """Shares of conversations of which the fraction `dose` ignores the user's text and the rest reads it.
+
+    Within `ignoring` and within `reading`, kinds of `texts.CHAT_KINDS`, the proportions are those of `shares`.
+    """
+    sides = ((dose, ignoring), (1 - dose, reading))
+    mixed = {kind: part * shares[kind] / sum(shares[k] for k in kinds) for part, kinds in sides for kind in kinds}
+    return {kind: share for kind, share in mixed.items() if share}
 
 
 def answers(params: Params, trial: Trial, asking: Asking, *, timeout: int | float = -1) -> pd.DataFrame:

@@ -44,7 +44,9 @@ def test_unknown_key_names_the_nearest(tmp_path):
 
 def test_missing_file_lists_those_that_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(InputError, match=r"params/minature\.yaml: no such.*params/miniature\.yaml, .*params/smoke\.yaml"):
+    with pytest.raises(
+        InputError, match=r"params/minature\.yaml: no such.*params/miniature\.yaml, .*params/smoke\.yaml"
+    ):
         load_params("params/minature.yaml")
 
 

@@ -120,12 +120,12 @@ def test_claims_of_all_notebooks_stand_in_the_order_of_their_numbers(params):
 
 def test_evidence_of_all_notebooks_is_one_tidy_table_beside_the_experiments_folder(params):
     number = {"metric": "recall", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": 9}
-    runs = pd.DataFrame([{"condition": "vanilla", "asked": "template", "seed": 3, **number}])
-    means = pd.DataFrame([{"condition": "vanilla", "asked": "template", **number, "n": 5}])
+    runs = pd.DataFrame([{"condition": "vanilla, template", "seed": 3, **number}])
+    means = pd.DataFrame([{"condition": "vanilla, template", **number, "n": 5}])
     for name in ("07_b", "06_a"):
         for _ in range(2):  # a notebook that runs again replaces its rows
             open_results(params, name).evidence(runs, means)
-    open_results(params, "08_c").evidence(runs.drop(columns="asked"), means.iloc[:0], unit="turns")
+    open_results(params, "08_c").evidence(runs.assign(condition="vanilla"), means.iloc[:0], unit="turns")
     table = pd.read_csv(params.output_dir.parent / "smoke.csv", dtype=str)
     assert list(table.columns) == EVIDENCE_COLUMNS
     assert table[["question", "condition", "n", "unit", "seed", "experiment"]].to_numpy().tolist() == [

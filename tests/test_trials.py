@@ -55,11 +55,8 @@ def test_a_trial_is_computed_once_and_read_ever_after(shared, monkeypatch):
     for name in ("finetune", "score_corpus", "_ask"):
         monkeypatch.setattr(trials, name, None)
     pd.testing.assert_frame_equal(trials.run(shared, **how, progress=False), first)
-    assert set(map(tuple, first[["condition", "asked"]].drop_duplicates().to_numpy())) == {
-        ("vanilla", "on"),
-        ("score", "on"),
-        ("score", "ind"),
-    }
+    assert set(first.condition) == {"vanilla, on", "score, on", "score, ind"}
+    assert set(first.seed) == {0, 1}
 
 
 def test_the_table_is_what_the_tuned_model_answers_and_attends_to(shared):
@@ -153,8 +150,8 @@ def test_the_marked_share_takes_the_turns_that_score_highest_and_the_oracle_the_
 
 
 def test_a_second_stage_begins_where_the_first_ended_and_still_knows_the_indicator(shared):
-    first = Trial({"seed": 0}, marks="oracle")
-    second = Trial({"seed": 0, "finetune.learning_rate": 1e-12}, base=first)
+    first = Trial({"seed": 0, "finetune.method": "lora"}, marks="oracle")
+    second = replace(first, changes={**first.changes, "finetune.learning_rate": 1e-12}, base=first, marks=None)
     (before, _), (after, tokenizer) = trials.tuned(shared, first), trials.tuned(shared, second)
     ids = tokenizer("What does Mira sell?[IND]", return_tensors="pt").input_ids
     assert tokenizer.convert_tokens_to_ids("[IND]") in ids
@@ -194,7 +191,7 @@ def test_what_another_process_is_at_work_on_is_taken_last(shared, monkeypatch):
     assert order == ["miniature:instruct", "miniature:pretrained"]
 
 
-def test_numbers_by_run_are_means_over_its_questions():
+def test_metrics_go_by_name_and_runs_are_means_over_their_questions():
     rows = [
         ("needle", "unknown", "a", "recalled", None, 1.0),
         ("needle", "contradicting", "b", "recalled", None, 0.0),
@@ -203,9 +200,10 @@ def test_numbers_by_run_are_means_over_its_questions():
         ("needle", "unknown", "a", "attention_to_passage", 1, 0.4),
         ("facts", "drink", "c", "containment", None, 1.0),
     ]
-    table = pd.DataFrame(rows, columns=trials.COLUMNS).astype({"layer": "Int64"})
-    runs = trials.by_run(table.assign(condition="x", asked="y", seed=3), samples=10)
-    assert runs.set_index("metric").value.to_dict() == pytest.approx(
+    table = trials._named(pd.DataFrame(rows, columns=trials.COLUMNS).astype({"layer": "Int64"}))
+    two = pd.concat([table.assign(condition="x", seed=3), table.assign(condition="x", seed=4, value=0.0)])
+    runs = trials.by_run(two, samples=10).set_index(["seed", "metric"])
+    assert runs.value[3].to_dict() == pytest.approx(
         {
             "NIH recall": 0.5,
             "NIH answered from memory": 1.0,
@@ -217,8 +215,17 @@ def test_numbers_by_run_are_means_over_its_questions():
             "attention to the passage, mean over layers": 0.3,
         }
     )
-    assert runs.set_index("metric").n["NIH recall"] == 2
-    assert set(zip(runs.condition, runs.asked, runs.seed, strict=True)) == {("x", "y", 3)}
+    assert runs.n[3, "NIH recall"] == 2 and (runs.value[4] == 0).all()
+
+
+@pytest.mark.parametrize("dose", [0.0, 0.3, 1.0])
+def test_a_dose_is_the_share_of_what_ignores_the_text_and_keeps_all_proportions(dose):
+    shares = {"memory_question": 0.3, "agreeing_passage": 0.1, "dependent_passage": 0.4, "instruction_task": 0.2}
+    kinds = {"ignoring": ["memory_question", "agreeing_passage"], "reading": ["dependent_passage"]}
+    mixed = trials.dosed(shares, dose, **kinds)
+    assert sum(mixed.values()) == pytest.approx(1) and 0 not in mixed.values()
+    ignored = {kind: share for kind, share in mixed.items() if kind in kinds["ignoring"]}
+    assert ignored == pytest.approx({"memory_question": 0.75 * dose, "agreeing_passage": 0.25 * dose} if dose else {})
 
 
 def test_bad_input_is_said_before_anything_runs(params):
