@@ -66,11 +66,12 @@ def test_notebooks_that_end_at_the_same_time_are_both_in_the_manifest(tmp_path, 
     reading, both_in = [], Barrier(2)
 
     def slow(path):
+        content = json.loads(path.read_text()) if path.is_file() else {}
         if path.name == "manifest.json":
             reading.append(path)
             with suppress(BrokenBarrierError):
-                both_in.wait(timeout=0.3)  # met, if the second may read before the first has written
-        return json.loads(path.read_text()) if path.is_file() else {}
+                both_in.wait(timeout=2)  # met, if the second may read before the first has written
+        return content
 
     monkeypatch.setattr(run_room, "_read_json", slow)
     names = ["01_one", "02_two"]
