@@ -1,14 +1,18 @@
-# The three words of the README: make reproduce, make test, make lint. PYTHON is any Python >= 3.11.
+# The words of the README: make reproduce, make evidence, make test, make lint. PYTHON is any Python >= 3.11.
 PYTHON ?= python3
 PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
 
-.PHONY: setup reproduce test lint lock clean
+.PHONY: setup reproduce evidence test lint lock clean
 
 setup: .venv/installed
 
 reproduce: .venv/installed
 	$(BIN)/ctxlib reproduce --params $(PARAMS)
+
+# many trainings: a notebook a core at a time; stopped and called again it goes on
+evidence: .venv/installed
+	$(BIN)/ctxlib reproduce --params params/evidence.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -9,7 +9,7 @@ sys.path.insert(0, workflow.basedir)
 from ctxlib.params import load_params
 from ctxlib.results import short_path
 
-NEEDS = {
+STORY = {
     "00_the_miniature": [],
     "01_attention_shift": [],
     "02_context_dependency": [],
@@ -17,10 +17,17 @@ NEEDS = {
     "04_evaluation": ["01_attention_shift", "03_indicator_sft"],  # its last figure shows the claims of all
     "05_figures_and_tables": ["04_evaluation"],
 }
+# they share trials, not tables: none waits for another
+EVIDENCE = {
+    "06_dose_response": [],
+    "07_seeds": [],
+    "08_threshold": [],
+}
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")
 overrides = config.get("overrides", {})
 experiment = load_params(params_file, overrides)
+NEEDS = EVIDENCE if experiment.evidence else STORY
 OUTPUTS = short_path(experiment, experiment.output_dir)
 # receipts are not committed: a fresh clone, which holds the committed outputs, runs everything once
 RECEIPT = f"{OUTPUTS}/work/receipts/{{notebook}}.json"
@@ -43,6 +50,7 @@ rule notebook:
     # the runner puts it in its place when every cell has completed
     output:
         RECEIPT,
+    threads: experiment.threads
     wildcard_constraints:
         notebook="|".join(NEEDS),
     params:

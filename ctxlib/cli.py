@@ -56,11 +56,16 @@ def run(
 
 @app.command()
 def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
-    """Run every notebook that is not up to date, in the order of the Snakefile."""
+    """Run every notebook that is not up to date, in the order of the Snakefile.
+
+    Those about evidence run side by side, as many as there are cores for their threads; the others one by one.
+    """
     parsed = _parse(overrides)
-    load_params(params, parsed).check_inputs()
+    loaded = load_params(params, parsed)
+    loaded.check_inputs()
+    cores = "all" if loaded.evidence else "1"
     config = [f"params_file={params}", f"overrides={json.dumps(parsed)}"]
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--config", *config]
+    command = [sys.executable, "-m", "snakemake", "--cores", cores, "--quiet", "all", "--config", *config]
     with tempfile.TemporaryDirectory() as folder:
         line = Path(folder) / "line"
         finished = subprocess.run(command, env=os.environ | {INPUT_ERROR_FILE: str(line)})

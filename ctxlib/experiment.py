@@ -159,7 +159,7 @@ def instruction_questions(params: Params) -> list[Question]:
 
 def ask(
     params: Params,
-    loaded_model: PreTrainedModel,
+    loaded_model: torch.nn.Module,
     loaded_tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     *,
@@ -169,12 +169,14 @@ def ask(
     indicator: str | None = None,
     steering_alpha: float | None = None,
     use_prefix: bool = False,
+    cached: bool = True,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
     `recalled` is 1 where a needle's keywords are all said; `followed` where an instruction's one right answer is given
-    or all its rules are followed to the letter. Answers are cached under the experiment's `work` folder. Of a haystack
-    of texts, what the cells have in common is read once.
+    or all its rules are followed to the letter. If `cached`, answers are kept under the experiment's `work` folder. Of
+    a haystack of texts, what the cells have in common is read once.
     """
     limits = {"needle": params.needle, "qa": params.qa, "facts": params.qa, "instructions": params.instructions}
     readings = {"needle": params.needle.reading, "qa": params.qa.reading}
@@ -195,7 +197,8 @@ def ask(
             batch_size=params.models.batch_size,
             reuse_prefixes=family == "needle" and params.needle.source != EMBEDDED,
             model_key=model_key,
-            cache_dir=params.output_dir / "work" / "answers",
+            cache_dir=params.output_dir / "work" / "answers" if cached else None,
+            progress=progress,
         )
         parts.append(score_rules(score_answers(answers, asked, reading=readings.get(family, "clean")), asked))
     scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_SCORED)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
+from scipy.stats import t as student_t
 from sklearn.metrics import precision_recall_curve as _precision_recall_curve
 from sklearn.metrics import precision_score, recall_score, roc_auc_score, roc_curve
 
@@ -547,3 +548,42 @@ def paired_changes(
             difference = paired_difference(a, b.reindex(a.index), samples, seed)
             rows.append((*key, after, earlier, *difference, len(a)))
     return pd.DataFrame(rows, columns=[*by, "after", "before", "value", "ci_low", "ci_high", "n"])
+
+
+def over_seeds(
+    frame: pd.DataFrame, by: str | Sequence[str], *, value: str = "value", level: float = 0.95
+) -> pd.DataFrame:
+    """Mean over seeds with Student's t interval: `by` …, value, ci_low, ci_high, p_value, n (seeds).
+
+    `frame` has a row a seed and group (InputError for two). The run is the unit: questions of one run share its data
+    and its weights, so that more of them do not make the interval narrower than the runs agree. Of so few values a
+    bootstrap would be far too narrow; t is exact where they are normal. p_value is that of a mean of zero, two-sided,
+    and of use where the values are differences (`seed_differences`: then it is the paired t test). A single seed has
+    no interval.
+    """
+    by = _names(by)
+    if frame.duplicated([*by, "seed"]).any():
+        raise InputError("over_seeds: a seed stands twice in a group; take the mean over its questions first")
+    rows = []
+    for key, values in frame.dropna(subset=[value]).groupby(by, sort=False, dropna=False)[value]:
+        n, mean = len(values), float(values.mean())
+        error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+        reach = student_t.ppf(0.5 + level / 2, max(n - 1, 1)) * error
+        p_value = 2 * student_t.sf(abs(mean) / error, n - 1) if error > 0 else np.nan
+        rows.append((*key, mean, mean - reach, mean + reach, p_value, n))
+    return pd.DataFrame(rows, columns=[*by, "value", "ci_low", "ci_high", "p_value", "n"])
+
+
+def seed_differences(frame: pd.DataFrame, by: str | Sequence[str], *, before: str) -> pd.DataFrame:
+    """Change of `value` from the condition `before` to every other within each seed: condition, `by` …, seed, value.
+
+    `frame` holds condition, seed, the columns `by` and a row a seed, condition and group; groups that `before` has not
+    are left out. Raises InputError where a condition lacks a seed that `before` has, or the other way round.
+    """
+    keys = [*_names(by), "seed"]
+    sides = {name: part.set_index(keys)["value"] for name, part in frame.groupby("condition", sort=False)}
+    seeds = {name: set(side.index.get_level_values("seed")) for name, side in sides.items()}
+    if unlike := [name for name in sides if seeds[name] != seeds[before]]:
+        raise InputError(f"seed_differences: {unlike[0]!r} was not run at the seeds of {before!r}; run both alike")
+    changes = {name: (side - sides[before]).dropna() for name, side in sides.items() if name != before}
+    return pd.concat(changes, names=["condition"]).rename("value").reset_index()

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -29,6 +29,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0)]
 Reading = Literal["clean", "paper"]
 FirstResponseToken = Literal["last_input", "forced_prefix"]
 MODEL_ROLES = ("pretrained", "instruct", "seed_model")
@@ -169,11 +170,28 @@ class Bootstrap(Section):
     samples: Count
 
 
+class Evidence(Section):
+    """What the notebooks from 06 on vary; the other sections say what they keep."""
+
+    seeds: Annotated[list[Seed], Field(min_length=2)]
+    ablation_seeds: Annotated[list[Seed], Field(min_length=2)]
+    doses: Annotated[list[Fraction], Field(min_length=2)]
+    thresholds: Annotated[list[Fraction], Field(min_length=1)]
+    marked_shares: Annotated[list[Fraction], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_seed_once(self) -> "Evidence":
+        for name in ("seeds", "ablation_seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must differ from one another: a seed that is named twice is no second run")
+        return self
+
+
 class Params(Section):
     """The parameters of one experiment, as `load_params` read and checked them."""
 
     experiment: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     threads: Count
     outputs: str
     models: Models
@@ -188,6 +206,7 @@ class Params(Section):
     facts: Facts
     instructions: Instructions
     bootstrap: Bootstrap
+    evidence: Evidence | None
 
     _file: str = PrivateAttr("params")
     _root: Path = PrivateAttr(Path())
@@ -213,6 +232,10 @@ class Params(Section):
         """12 hex digits of everything that can change a result (so not of the folder that the results go to)."""
         canonical = json.dumps(self.model_dump(mode="json", exclude={"outputs"}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def changed(self, overrides: Mapping[str, Any]) -> "Params":
+        """The same experiment with other values, checked as those of a file: `changed({"needle.per_cell": 2})`."""
+        return _checked(self.model_dump(), overrides, self._file, self._root)
 
     @property
     def output_dir(self) -> Path:
@@ -283,33 +306,46 @@ def load_params(params_file: str | Path, overrides: Mapping[str, Any] | None = N
     overrides = overrides or {}
     if not isinstance(overrides, Mapping):
         raise InputError(f"overrides: expected a dict such as {{'needle.per_cell': 2}}, got {overrides!r}")
+    return _checked(content, overrides, str(params_file), found[0])
+
+
+def _checked(content: dict[str, Any], overrides: Mapping[str, Any], file: str, root: Path) -> Params:
     replaced = dict(_dotted(overrides))
-    for where, keys in ((str(params_file), dict(_dotted(content))), ("overrides", replaced)):
+    for where, keys in ((file, dict(_dotted(content))), ("overrides", replaced)):
         for key in keys:
             if key not in known_keys() and not _is_section(key):
                 raise InputError(f"{where}: unknown key '{key}'; {_nearest(key)}")
     for key, value in replaced.items():
         section, _, name = key.rpartition(".")
+        if section in content and content[section] is None:
+            content[section] = {}
         (content[section] if isinstance(content.get(section), dict) else content)[name] = value
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
-        raise InputError(_message(str(params_file), set(replaced), error)) from None
-    params._file, params._root = str(params_file), found[0]
+        raise InputError(_message(file, set(replaced), error)) from None
+    params._file, params._root = file, root
     return params
 
 
 def known_keys() -> list[str]:
     """Every key in dotted form, in the order of the schema: `experiment`, …, `needle.lengths`, …"""
     keys = []
-    for name, field in Params.model_fields.items():
-        keys += [f"{name}.{key}" for key in field.annotation.model_fields] if _is_section(name) else [name]
+    for name in Params.model_fields:
+        section = _section(name)
+        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
     return keys
 
 
-def _is_section(name: str) -> bool:
+def _section(name: str) -> type[Section] | None:
+    """The section that goes by this name, also one that may be null."""
     field = Params.model_fields.get(name)
-    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _is_section(name: str) -> bool:
+    return _section(name) is not None
 
 
 def _dotted(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

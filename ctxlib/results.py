@@ -20,6 +20,7 @@ from ctxlib.params import InputError, Params
 PACKAGE = Path(__file__).resolve().parent
 MARKDOWN_ROWS = 500  # nobody reads more
 CLAIM_COLUMNS = ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
+EVIDENCE_COLUMNS = "question condition metric value ci_low ci_high n unit seed experiment".split()
 
 
 def open_results(params: Params, notebook: str) -> "Results":
@@ -101,6 +102,18 @@ class Results:
         gather_claims(self.params)
         return pd.DataFrame([row], columns=CLAIM_COLUMNS)
 
+    def evidence(self, runs: pd.DataFrame, means: pd.DataFrame, unit: str = "questions") -> pd.DataFrame:
+        """This notebook's rows of `<outputs>/<experiment>.csv`, the one tidy table of all evidence; gives them back.
+
+        runs: condition, metric, value, ci_low, ci_high, n, seed: single runs, n counting what `unit` says. means: the
+            same without the seed, over n seeds.
+        """
+        rows = pd.concat([runs.assign(unit=unit), means.assign(unit="seeds", seed="all")], ignore_index=True)
+        rows = rows.assign(question=self.notebook, experiment=self.params.experiment)[EVIDENCE_COLUMNS]
+        self.record_output(write(self.folder / "tables" / "evidence" / f"{self.notebook}.csv", _csv(rows)))
+        gather_evidence(self.params)
+        return rows
+
     def record_input(self, path: str | Path) -> Path:
         """Notes a file or folder that the notebook reads; InputError where there is none."""
         return self._record("inputs", Path(path))
@@ -131,6 +144,18 @@ def gather_claims(params: Params) -> list[Path]:
     return [
         write(tables / "claims.csv", _csv(claims)),
         write(tables / "claims.md", _markdown(claims, "Claims", provenance(params))),
+    ]
+
+
+def gather_evidence(params: Params) -> list[Path]:
+    """Puts `<outputs>/<experiment>.csv` together from the notebooks' rows; those over all seeds are a table to read."""
+    tables = params.output_dir / "tables"
+    parts = [pd.read_csv(part, dtype={"seed": str}) for part in sorted(tables.glob("evidence/*.csv"))]
+    rows = pd.concat(parts, ignore_index=True)[EVIDENCE_COLUMNS]
+    over_all = rows[rows.unit == "seeds"].drop(columns=["unit", "seed", "experiment"])
+    return [
+        write(params.output_dir.with_name(f"{params.experiment}.csv"), _csv(rows)),
+        write(tables / "evidence.md", _markdown(over_all, "Evidence: means over seeds", provenance(params))),
     ]
 
 

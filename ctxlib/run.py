@@ -13,12 +13,13 @@ from typing import Any
 
 import nbformat
 import papermill
+from filelock import FileLock
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from ctxlib.files import write
 from ctxlib.params import InputError, Params, load_params
-from ctxlib.results import code_version, file_digest, gather_claims, short_path, to_json
+from ctxlib.results import code_version, file_digest, gather_claims, gather_evidence, short_path, to_json
 
 
 class NotebookError(RuntimeError):
@@ -122,10 +123,7 @@ def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float)
     inputs = {short_path(params, path): file_digest(path) for path in (notebook, params.root / params.file)}
     inputs |= journal.get("inputs", {})
     outputs = {short_path(params, out_path): file_digest(out_path)} | journal.get("outputs", {})
-    path = params.output_dir / "manifest.json"
-    manifest = _read_json(path)
-    notebooks = manifest.get("notebooks", {})
-    notebooks[name] = {
+    entry = {
         "code_version": code_version(name),
         "hardware": _hardware() | {"accelerator": journal.get("accelerator")},
         "inputs": {path: digest for path, digest in inputs.items() if path not in outputs},
@@ -136,15 +134,20 @@ def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float)
         "versions": _versions(),
         "wall_seconds": round(wall_seconds, 1),
     }
-    claims = gather_claims(params) if (params.output_dir / "tables" / "claims").is_dir() else []
-    manifest = {
-        "experiment": params.experiment,
-        "gathered": {short_path(params, table): file_digest(table) for table in claims},
-        "notebooks": notebooks,
-        "params": params.model_dump(mode="json"),
-        "params_digest": params.digest,
-    }
-    write(path, to_json(manifest))
+    path = params.output_dir / "manifest.json"
+    with FileLock(params.output_dir / "work" / "manifest.lock"):  # notebooks may run side by side
+        gathered = []
+        for part, gather in (("claims", gather_claims), ("evidence", gather_evidence)):
+            if (params.output_dir / "tables" / part).is_dir():
+                gathered += gather(params)
+        manifest = {
+            "experiment": params.experiment,
+            "gathered": {short_path(params, table): file_digest(table) for table in gathered},
+            "notebooks": _read_json(path).get("notebooks", {}) | {name: entry},
+            "params": params.model_dump(mode="json"),
+            "params_digest": params.digest,
+        }
+        write(path, to_json(manifest))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

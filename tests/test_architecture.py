@@ -31,6 +31,7 @@ ORDER = [
     "score_folder",
     "mt_bench",
     "experiment",
+    "trials",
     "doctor",
     "plan",
     "run",

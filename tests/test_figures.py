@@ -55,6 +55,8 @@ AGREEMENT = values(layer=range(4), other_layer=range(4)).rename(columns={"value"
 CLAIMS = values(claim=["1 recall falls under the template " * 3, "2 attention to the user falls"]).assign(
     threshold=[0.2, np.nan], holds=[True, False], seed=0
 )
+RUNS = values(condition=["vanilla", "indicator"], dose=[0.0, 0.5, 0.95], panel=["template", "raw text"])
+FOREST = values(metric=["recall of a needle that contradicts memory " * 2, "known facts"]).assign(threshold=[0.2, 0.9])
 BARS = values(model=["small", "large"], condition=CONDITIONS)
 PAIRS = values(panel=["NIH", "MT-Bench"], row=["a", "b"], side=["paper", "$x"], condition=["vanilla", "[IND]"])
 PAIRS = PAIRS.assign(value=PAIRS["value"] * np.where(PAIRS["panel"] == "NIH", 1, 9))
@@ -105,6 +107,12 @@ DRAWN = {
     ),
     "auc": lambda: figures.layer_auc(values(layer=range(6)), chosen_layer=3),
     "auc_readings": lambda: figures.layer_auc(values(layer=range(6), reading=["clean", "paper"]), hue="reading"),
+    "curves": lambda: figures.curves_over_seeds(RUNS, RUNS, x="dose", panel="panel", xlabel="dose (share of turns)"),
+    "curves_log": lambda: figures.curves_over_seeds(
+        RUNS.assign(dose=RUNS.dose + 1), RUNS.assign(dose=RUNS.dose + 1), x="dose", xlabel="dose (share)", log="xy",
+        ylim=None,
+    ),
+    "forest": lambda: figures.forest_over_seeds(FOREST, RUNS.assign(metric=FOREST.metric[0]), row="metric"),
     "loss": lambda: figures.loss_curves(LOG, smooth=3),
     "loss_logarithmic": lambda: figures.loss_curves(LOG, logarithmic=True),
     "needle": lambda: figures.needle_heatmap(

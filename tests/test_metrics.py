@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import binomtest, mannwhitneyu
 
 from ctxlib import metrics
@@ -529,3 +530,45 @@ def test_every_metric_is_a_fraction_whatever_the_text():
         scores = [metrics.exact_match(answer, [gold]), metrics.token_f1(answer, [gold])]
         scores += [metrics.containment(answer, [gold]), metrics.needle_recall(answer, keywords)]
         assert all(0 <= score <= 1 for score in scores)
+
+
+def seed_values(rng) -> pd.DataFrame:
+    frame = pd.MultiIndex.from_product([["a", "b"], [*"xy"], range(5)], names=["condition", "metric", "seed"]).to_frame(
+        index=False
+    )
+    return frame.assign(value=rng.normal(size=20)).sample(frac=1, random_state=0)
+
+
+def test_intervals_over_seeds_are_students_and_the_paired_test_is_scipys():
+    frame = seed_values(np.random.default_rng(1))
+    means = metrics.over_seeds(frame, ["condition", "metric"]).set_index(["condition", "metric"])
+    for key, part in frame.groupby(["condition", "metric"]):
+        theirs = stats.ttest_1samp(part.value, 0)
+        low, high = theirs.confidence_interval(0.95)
+        row = means.loc[key]
+        assert [row.value, row.ci_low, row.ci_high] == pytest.approx([part.value.mean(), low, high])
+        assert row.p_value == pytest.approx(theirs.pvalue) and row.n == 5
+    differences = metrics.seed_differences(frame, "metric", before="a")
+    tested = metrics.over_seeds(differences, "metric").set_index("metric")
+    for metric, part in frame.groupby("metric"):
+        sides = part.pivot(index="seed", columns="condition", values="value")
+        theirs = stats.ttest_rel(sides.b, sides.a)
+        assert tested.p_value[metric] == pytest.approx(theirs.pvalue)
+        assert tested.value[metric] == pytest.approx((sides.b - sides.a).mean())
+
+
+def test_one_seed_has_no_interval_and_equal_seeds_have_no_width():
+    one = pd.DataFrame({"metric": ["x"], "seed": [0], "value": [0.5]})
+    row = metrics.over_seeds(one, "metric").iloc[0]
+    assert row.value == 0.5 and row.n == 1 and np.isnan([row.ci_low, row.ci_high, row.p_value]).all()
+    same = pd.DataFrame({"metric": "x", "seed": [0, 1, 2], "value": 1.0})
+    row = metrics.over_seeds(same, "metric").iloc[0]
+    assert (row.ci_low, row.value, row.ci_high) == (1, 1, 1) and np.isnan(row.p_value)
+
+
+def test_seeds_that_do_not_pair_or_stand_twice_are_refused():
+    frame = seed_values(np.random.default_rng(2)).sort_values(["condition", "metric", "seed"])
+    with pytest.raises(InputError, match="'b' was not run at the seeds of 'a'"):
+        metrics.seed_differences(frame[(frame.condition == "a") | (frame.seed < 4)], "metric", before="a")
+    with pytest.raises(InputError, match="a seed stands twice in a group"):
+        metrics.over_seeds(frame, ["condition"])

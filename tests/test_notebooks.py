@@ -1,4 +1,4 @@
-"""The stored notebooks keep the house's rules, and all of them run on `params/smoke.yaml`."""
+"""The stored notebooks keep the house's rules, and all of them run on `smoke.yaml` or `smoke-evidence.yaml`."""
 
 import ast
 import hashlib
@@ -15,10 +15,11 @@ import pytest
 
 from ctxlib.params import load_params
 from ctxlib.plan import make_plan
+from ctxlib.results import EVIDENCE_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PARAMETERS = 'params_file = "params/miniature.yaml"\noverrides = {}'
+STORY, EVIDENCE = (re.findall(r'"(\d\d_\w+)":', part) for part in (ROOT / "Snakefile").read_text().split("EVIDENCE ="))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -27,8 +28,7 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def test_the_snakefile_names_every_notebook():
-    named = re.findall(r'"(\d\d_\w+)":', (ROOT / "Snakefile").read_text())
-    assert named == [path.stem for path in NOTEBOOKS]
+    assert [*STORY, *EVIDENCE] == [path.stem for path in NOTEBOOKS]
 
 
 @each_notebook
@@ -36,7 +36,8 @@ def test_it_opens_with_its_question_and_its_parameters(path):
     first, second = nbformat.read(path, 4).cells[:2]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     assert second.metadata.tags == ["parameters"]
-    assert second.source == PARAMETERS
+    experiment = "evidence" if path.stem in EVIDENCE else "miniature"
+    assert second.source == f'params_file = "params/{experiment}.yaml"\noverrides = {{}}'
 
 
 @each_notebook
@@ -60,34 +61,42 @@ def test_it_is_stored_without_outputs_and_runs_in_plain_papermill(path):
 def reproduce(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("outputs")
 
-    def call() -> Path:
-        arguments = ["reproduce", "--params", "params/smoke.yaml", "--set", f"outputs={outputs}"]
+    def call(experiment: str) -> Path:
+        arguments = ["reproduce", "--params", f"params/{experiment}.yaml", "--set", f"outputs={outputs}"]
         command = [sys.executable, "-m", "ctxlib.cli", *arguments]
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
         assert finished.returncode == 0, finished.stderr
-        return outputs / "smoke"
+        return outputs / experiment
 
     return call
 
 
 @pytest.fixture(scope="module")
 def smoke(reproduce) -> Path:
-    return reproduce()
+    return reproduce("smoke")
+
+
+@pytest.fixture(scope="module")
+def evidence(reproduce) -> Path:
+    return reproduce("smoke-evidence")
 
 
 @pytest.mark.notebooks
-def test_every_code_cell_ran(smoke):
+def test_every_code_cell_ran(smoke, evidence):
     for path in NOTEBOOKS:
-        for cell in code_cells(smoke / path.name):
+        folder = evidence if path.stem in EVIDENCE else smoke
+        for cell in code_cells(folder / path.name):
             assert cell.execution_count is not None
             assert cell.metadata.papermill.status == "completed"
             assert not [output for output in cell.outputs if output.output_type == "error"]
 
 
 @pytest.mark.notebooks
-def test_every_notebook_writes_tables_and_figures_with_their_provenance(smoke):
-    manifest = json.loads((smoke / "manifest.json").read_text())
-    assert sorted(manifest["notebooks"]) == [path.stem for path in NOTEBOOKS]
+@pytest.mark.parametrize(("which", "names"), [("smoke", STORY), ("evidence", EVIDENCE)])
+def test_every_notebook_writes_tables_and_figures_with_their_provenance(request, which, names):
+    folder = request.getfixturevalue(which)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(manifest["notebooks"]) == names
     for name, entry in manifest["notebooks"].items():
         suffixes = [Path(path).suffix for path in entry["outputs"]]
         assert suffixes.count(".png") == suffixes.count(".svg") > 0, name
@@ -95,7 +104,7 @@ def test_every_notebook_writes_tables_and_figures_with_their_provenance(smoke):
         for path, digest in entry["outputs"].items():
             if (ROOT / path).is_file():
                 assert hashlib.sha256((ROOT / path).read_bytes()).hexdigest() == digest, path
-    for table in smoke.glob("tables/*.md"):
+    for table in folder.glob("tables/*.md"):
         assert f"params {manifest['params_digest']}" in table.read_text().splitlines()[-1]
 
 
@@ -108,10 +117,26 @@ def test_the_claims_have_a_row_each(smoke):
 
 
 @pytest.mark.notebooks
-def test_a_second_call_does_nothing(smoke, reproduce):
-    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
-    reproduce()
-    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()} == before
+def test_all_evidence_stands_in_one_tidy_table(evidence):
+    table = pd.read_csv(evidence.with_name("smoke-evidence.csv"))
+    assert list(table.columns) == EVIDENCE_COLUMNS
+    assert sorted(set(table.question)) == EVIDENCE
+    assert set(table.experiment) == {"smoke-evidence"}
+    over_all = table[table.unit == "seeds"]
+    assert set(over_all.question) == set(EVIDENCE) and (over_all.seed == "all").all()
+    assert not table.drop(columns=["ci_low", "ci_high"]).isna().any().any()
+    for name in EVIDENCE:
+        last = code_cells(evidence / f"{name}.ipynb")[-1]
+        assert "[" in last.outputs[0].text and "seeds" in last.outputs[0].text  # the answer, with its interval
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("which", ["smoke", "evidence"])
+def test_a_second_call_does_nothing(request, which, reproduce):
+    folder = request.getfixturevalue(which)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    reproduce(folder.name)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.notebooks

@@ -11,10 +11,13 @@ FILES = sorted((ROOT / "params").glob("*.yaml"))
 
 
 def dotted(content: dict) -> list[str]:
-    """The keys of the file, found without the schema: every section is one level deep."""
+    """The keys of the file, found without the schema: every section is one level deep. Evidence may be null."""
+    evidence = {
+        "evidence": content["evidence"] or yaml.safe_load((ROOT / "params" / "evidence.yaml").read_text())["evidence"]
+    }
     return [
         f"{key}.{inner}" if isinstance(value, dict) else key
-        for key, value in content.items()
+        for key, value in (content | evidence).items()
         for inner in (value if isinstance(value, dict) else [None])
     ]
 
@@ -41,7 +44,9 @@ def test_unknown_key_names_the_nearest(tmp_path):
 
 def test_missing_file_lists_those_that_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(InputError, match=r"params/minature\.yaml: no such.*params/miniature\.yaml, params/smoke\.yaml"):
+    with pytest.raises(
+        InputError, match=r"params/minature\.yaml: no such.*params/miniature\.yaml, .*params/smoke\.yaml"
+    ):
         load_params("params/minature.yaml")
 
 
@@ -103,6 +108,25 @@ def test_overrides_dotted_or_nested_are_the_same():
     nested_params = load_params(SMOKE, {"needle": {"per_cell": 7}, "seed": 3})
     assert dotted_params == nested_params
     assert dotted_params.needle.lengths == load_params(SMOKE).needle.lengths
+
+
+def test_changed_parameters_are_checked_as_those_of_a_file_and_leave_the_others_as_they_were():
+    params = load_params(SMOKE)
+    changed = params.changed({"needle.per_cell": 7, "seed": 3})
+    assert changed == load_params(SMOKE, {"needle.per_cell": 7, "seed": 3}) != params == load_params(SMOKE)
+    assert (changed.file, changed.root) == (params.file, params.root)
+    with pytest.raises(InputError, match=r"smoke\.yaml with overrides: key 'needle\.per_cell'"):
+        params.changed({"needle.per_cell": 0})
+
+
+def test_the_section_of_the_evidence_is_whole_or_null():
+    assert load_params(SMOKE).evidence is None
+    section = load_params(ROOT / "params" / "evidence.yaml").evidence.model_dump()
+    assert load_params(SMOKE, {"evidence": section}).evidence.model_dump() == section
+    with pytest.raises(InputError, match=r"missing key 'evidence\.\w+'"):
+        load_params(SMOKE, {"evidence.seeds": [0, 1]})
+    with pytest.raises(InputError, match="a seed that is named twice is no second run"):
+        load_params(SMOKE, {"evidence": section | {"seeds": [1, 1]}})
 
 
 def test_digest_changes_with_results_and_not_with_the_folder(tmp_path):

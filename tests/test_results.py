@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ctxlib.params import InputError, Params, load_params
-from ctxlib.results import code_version, file_digest, open_results
+from ctxlib.results import EVIDENCE_COLUMNS, code_version, file_digest, open_results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +116,27 @@ def test_claims_of_all_notebooks_stand_in_the_order_of_their_numbers(params):
     rerun = open_results(params, "04_late")
     rerun.claim("9 the last, renamed", value=0.5, holds=True, **interval)
     assert list(rerun.read_table("claims")["claim"]) == ["1 the first", "9 the last, renamed"]
+
+
+def test_evidence_of_all_notebooks_is_one_tidy_table_beside_the_experiments_folder(params):
+    number = {"metric": "recall", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": 9}
+    runs = pd.DataFrame([{"condition": "vanilla, template", "seed": 3, **number}])
+    means = pd.DataFrame([{"condition": "vanilla, template", **number, "n": 5}])
+    for name in ("07_b", "06_a"):
+        for _ in range(2):  # a notebook that runs again replaces its rows
+            open_results(params, name).evidence(runs, means)
+    open_results(params, "08_c").evidence(runs.assign(condition="vanilla"), means.iloc[:0], unit="turns")
+    table = pd.read_csv(params.output_dir.parent / "smoke.csv", dtype=str)
+    assert list(table.columns) == EVIDENCE_COLUMNS
+    assert table[["question", "condition", "n", "unit", "seed", "experiment"]].to_numpy().tolist() == [
+        ["06_a", "vanilla, template", "9", "questions", "3", "smoke"],
+        ["06_a", "vanilla, template", "5", "seeds", "all", "smoke"],
+        ["07_b", "vanilla, template", "9", "questions", "3", "smoke"],
+        ["07_b", "vanilla, template", "5", "seeds", "all", "smoke"],
+        ["08_c", "vanilla", "9", "turns", "3", "smoke"],
+    ]
+    readable = (params.output_dir / "tables" / "evidence.md").read_text()
+    assert readable.count("| 0") >= 2 and "turns" not in readable
 
 
 def test_a_table_that_is_not_there_says_what_to_run(params):

@@ -4,14 +4,17 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Thread
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ctxlib import cli
-from ctxlib.params import InputError
+from ctxlib import run as run_room
+from ctxlib.params import InputError, load_params
 from ctxlib.run import NotebookError, run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,30 @@ def test_a_run_writes_notebook_manifest_and_receipt(tmp_path):
     assert entry["wall_seconds"] > 0
     assert {"python", "torch", "transformers"} <= entry["versions"].keys()
     assert {"cpu", "cores", "memory_gib"} <= entry["hardware"].keys()
+
+
+def test_notebooks_that_end_at_the_same_time_are_both_in_the_manifest(tmp_path, monkeypatch):
+    params = load_params(SMOKE, {"outputs": str(tmp_path)})
+    reading, both_in = [], Barrier(2)
+
+    def slow(path):
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if path.name == "manifest.json":
+            reading.append(path)
+            with suppress(BrokenBarrierError):
+                both_in.wait(timeout=2)  # met, if the second may read before the first has written
+        return content
+
+    monkeypatch.setattr(run_room, "_read_json", slow)
+    names = ["01_one", "02_two"]
+    notebooks = [write_notebook(tmp_path / f"{name}.ipynb") for name in names]
+    enter = [Thread(target=run_room._record, args=(params, path, path, 1.0)) for path in notebooks]
+    for thread in enter:
+        thread.start()
+    for thread in enter:
+        thread.join()
+    assert len(reading) == 2
+    assert sorted(json.loads((params.output_dir / "manifest.json").read_text())["notebooks"]) == names
 
 
 def test_a_failed_cell_keeps_its_traceback_and_the_old_success(tmp_path):
@@ -140,7 +167,8 @@ def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
     for name in ("__init__", "params", "results"):
         shutil.copy(ROOT / "ctxlib" / f"{name}.py", tmp_path / "ctxlib")
     (tmp_path / "ctxlib" / "cli.py").write_text(STUB)
-    names = re.findall(r'"(\d\d_\w+)":', (ROOT / "Snakefile").read_text())
+    story = (ROOT / "Snakefile").read_text().split("EVIDENCE =")[0]
+    names = re.findall(r'"(\d\d_\w+)":', story)
     for name in names:
         (tmp_path / "notebooks" / f"{name}.ipynb").write_text(name)
 

@@ -23,6 +23,7 @@ from ctxlib.figures.scores import (
     score_histogram,
     scores_by_kind,
 )
+from ctxlib.figures.seeds import curves_over_seeds, forest_over_seeds
 from ctxlib.figures.style import ROLE_COLOURS
 from ctxlib.figures.tokens import label_strip, role_strip, role_strip_html
 from ctxlib.figures.training import loss_curves
@@ -33,7 +34,9 @@ __all__ = [
     "allocation_shift",
     "bars_with_intervals",
     "claims_forest",
+    "curves_over_seeds",
     "directions_forest",
+    "forest_over_seeds",
     "fractions_over_beta",
     "head_map",
     "label_strip",

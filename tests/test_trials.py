@@ -1,0 +1,240 @@
+"""A trial is what its parameters make of it, is computed once, and comes out as the rooms it is built from give it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctxlib import allocation, experiment, indicator, trials
+from ctxlib.conversations import Corpus
+from ctxlib.params import InputError, Params
+from ctxlib.trials import INDICATED, PRETRAINED, RAW, TEMPLATE, VANILLA, Asking, Trial
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+SMALL = Path(__file__).resolve().parents[1] / "params" / "smoke-evidence.yaml"
+SCORE = Trial(marks="score", seed_model=VANILLA)
+TINY = {
+    "conversations.n": 24,
+    "finetune.steps": 2,
+    "finetune.batch_size": 4,
+    "needle.lengths": [60],
+    "needle.per_cell": 1,
+    "qa.n": 2,
+    "facts.n": 2,
+    "instructions.n": 3,
+    "allocation.prompts": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Params:
+    """An experiment whose trials the tests share."""
+    return trials.open_evidence(SMALL, {"outputs": str(tmp_path_factory.mktemp("outputs")), **TINY})
+
+
+@pytest.fixture
+def params(tmp_path) -> Params:
+    return trials.open_evidence(SMALL, {"outputs": str(tmp_path), **TINY})
+
+
+def key(params: Params, trial: Trial) -> str:
+    return trials._folder(params, trials._description(params, trial)).name
+
+
+def indicated(corpus: Corpus) -> pd.DataFrame:
+    return indicator.turn_table(corpus).query("indicated")
+
+
+def test_a_trial_is_computed_once_and_read_ever_after(shared, monkeypatch):
+    how = {"trials": {"vanilla": VANILLA, "score": SCORE}, "asked": {"on": TEMPLATE, "ind": INDICATED}, "seeds": [0, 1]}
+    first = trials.run(shared, **how, progress=False)
+    for name in ("finetune", "score_corpus", "_ask"):
+        monkeypatch.setattr(trials, name, None)
+    pd.testing.assert_frame_equal(trials.run(shared, **how, progress=False), first)
+    assert set(first.condition) == {"vanilla, on", "score, on", "score, ind"}
+    assert set(first.seed) == {0, 1}
+
+
+def test_the_table_is_what_the_tuned_model_answers_and_attends_to(shared):
+    trial = replace(SCORE, changes={"seed": 1})
+    table = trials.answers(shared, trial, INDICATED)
+    its = shared.changed({"seed": 1})
+    model, tokenizer = trials.tuned(shared, trial)
+    questions = trials._questions(its)
+    asking = {"template": True, "indicator": its.models.indicator}
+    told = experiment.ask(its, model, tokenizer, questions, condition="", model_key="", cached=False, **asking)
+    for family, metric in (("needle", "recalled"), ("qa", "containment"), ("instructions", "followed")):
+        rows = table[(table.family == family) & (table.metric == metric)].set_index("id").value
+        assert rows.to_dict() == told[told.family == family].set_index("id")[metric].to_dict()
+    needles = [question for question in questions if question.family == "needle"]
+    maps = experiment.prompts(tokenizer, needles, first_response_token="forced_prefix", **asking)
+    frame = allocation.attention_allocation(model, maps, batch_size=2, pad_token_id=tokenizer.pad_token_id)
+    user = allocation.mean_over_heads(allocation.renormalise(frame)).query("role == 'user'")
+    expected = user.set_index([user.example.map(lambda i: needles[i].id), "layer"]).attention_allocation.sort_index()
+    ours = table[table.metric == "attention_to_user"].set_index(["id", "layer"]).value.sort_index()
+    assert list(ours.index) == list(expected.index)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    passage = table[table.metric == "attention_to_passage"].set_index(["id", "layer"]).value.sort_index()
+    assert (passage < ours).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "of"),
+    [
+        ({"seed": 5}, "all"),
+        ({"conversations.n": 25}, "all"),
+        ({"miniature.shares": {"memory_question": 1.0}}, "all"),
+        ({"finetune.learning_rate": 1e-3}, "all"),
+        ({"finetune.method": "qlora"}, "all"),
+        ({"models.pretrained": "miniature:instruct"}, "all"),
+        ({"scoring.layer": 2}, "score"),
+        ({"scoring.threshold": 0.1}, "score"),
+        ({"scoring.head_reduction": "max_then_mean"}, "score"),
+        ({"finetune.save_every": 50}, "none"),
+        ({"needle.per_cell": 3}, "none"),
+        ({"steering.alphas": [0.5]}, "none"),
+    ],
+)
+def test_the_key_follows_whatever_can_change_the_model_and_nothing_else(params, changes, of):
+    for trial, depends in ((VANILLA, of == "all"), (SCORE, of != "none"), (Trial(marks="oracle"), of == "all")):
+        changed = replace(trial, changes=changes, seed_model=trial.seed_model and replace(VANILLA, changes=changes))
+        assert (key(params, changed) != key(params, trial)) == depends
+
+
+def test_every_way_to_mark_is_a_trial_of_its_own(params):
+    ways = [
+        VANILLA,
+        SCORE,
+        replace(SCORE, marks="random"),
+        replace(SCORE, marks="oracle"),
+        replace(SCORE, marked_share=0.3),
+        replace(SCORE, seed_model=None),
+        replace(SCORE, seed_model=Trial({"seed": 8})),
+        PRETRAINED,
+        Trial(base=VANILLA),
+        Trial({"seed": 7}, base=Trial({"seed": 0})),
+    ]
+    assert len({key(params, way) for way in ways}) == len(ways)
+    assert key(params, Trial({"seed": 3}, trained=False)) == key(params, PRETRAINED)
+
+
+def test_what_a_trial_is_made_of_takes_its_seed_unless_it_names_one(params):
+    own = replace(SCORE, changes={"seed": 4})
+    assert key(params, own) == key(params, replace(own, seed_model=Trial({"seed": 4})))
+    assert key(params, own) != key(params, replace(own, seed_model=Trial({"seed": 0})))
+    assert key(params, Trial({"seed": 4}, base=VANILLA)) == key(params, Trial({"seed": 4}, base=Trial({"seed": 4})))
+
+
+def test_random_marks_are_as_many_as_the_scores_and_not_the_same(shared):
+    by_score = indicated(trials.marked(shared, replace(SCORE, marked_share=0.4)))
+    by_chance = indicated(trials.marked(shared, replace(SCORE, marked_share=0.4, marks="random")))
+    turns = ["conversation", "turn"]
+    assert len(by_score) == len(by_chance) > 5
+    assert set(map(tuple, by_score[turns].to_numpy())) != set(map(tuple, by_chance[turns].to_numpy()))
+
+
+def test_the_marked_share_takes_the_turns_that_score_highest_and_the_oracle_the_truth(shared):
+    trial = replace(SCORE, marked_share=0.25)
+    found = trials.scores(shared, trial)
+    found = found[found.layer == shared.scoring.layer]
+    highest = found.nlargest(round(0.25 * len(found)), "score")
+    picked = indicated(trials.marked(shared, trial))
+    turns = ["conversation", "turn"]
+    assert set(map(tuple, picked[turns].to_numpy())) == set(map(tuple, highest[turns].to_numpy()))
+    truth = indicator.turn_table(trials.marked(shared, Trial(marks="oracle")))
+    assert (truth.indicated == truth.depends_on_context).all()
+
+
+def test_a_second_stage_begins_where_the_first_ended_and_still_knows_the_indicator(shared):
+    first = Trial({"seed": 0, "finetune.method": "lora"}, marks="oracle")
+    second = replace(first, changes={**first.changes, "finetune.learning_rate": 1e-12}, base=first, marks=None)
+    (before, _), (after, tokenizer) = trials.tuned(shared, first), trials.tuned(shared, second)
+    ids = tokenizer("What does Mira sell?[IND]", return_tensors="pt").input_ids
+    assert tokenizer.convert_tokens_to_ids("[IND]") in ids
+    assert before.base_model_prefix == after.base_model_prefix
+    np.testing.assert_allclose(after(ids).logits.detach().numpy(), before(ids).logits.detach().numpy(), atol=1e-4)
+    table = trials.answers(shared, second, INDICATED)
+    assert set(table.family) == {"needle", "qa", "facts", "instructions"}
+
+
+HOLD = (
+    "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_what_another_process_is_at_work_on_is_taken_last(shared, monkeypatch):
+    held = Trial({"seed": 11}, trained=False, marks=None)
+    other = replace(held, changes={"models.pretrained": "miniature:instruct"})
+    folder = shared.output_dir / "work" / "trials" / key(shared, held)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    order = []
+
+    def ask(its, *rest):
+        order.append(its.models.pretrained)
+        process.stdin.close()
+        return pd.DataFrame({name: [] for name in trials.COLUMNS})
+
+    monkeypatch.setattr(trials, "_ask", ask)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.with_suffix(".lock"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        steered = {"steered": Asking(steering_alpha=0.123)}
+        trials.run(shared, {"held": held, "other": other}, steered, [11], progress=False)
+    assert order == ["miniature:instruct", "miniature:pretrained"]
+
+
+def test_metrics_go_by_name_and_runs_are_means_over_their_questions():
+    rows = [
+        ("needle", "unknown", "a", "recalled", None, 1.0),
+        ("needle", "contradicting", "b", "recalled", None, 0.0),
+        ("needle", "contradicting", "b", "says_memory", None, 1.0),
+        ("needle", "unknown", "a", "attention_to_passage", 0, 0.2),
+        ("needle", "unknown", "a", "attention_to_passage", 1, 0.4),
+        ("facts", "drink", "c", "containment", None, 1.0),
+    ]
+    table = trials._named(pd.DataFrame(rows, columns=trials.COLUMNS).astype({"layer": "Int64"}))
+    two = pd.concat([table.assign(condition="x", seed=3), table.assign(condition="x", seed=4, value=0.0)])
+    runs = trials.by_run(two, samples=10).set_index(["seed", "metric"])
+    assert runs.value[3].to_dict() == pytest.approx(
+        {
+            "NIH recall": 0.5,
+            "NIH answered from memory": 1.0,
+            "known facts": 1.0,
+            "NIH recall, unknown": 1.0,
+            "NIH recall, contradicting": 0.0,
+            "attention to the passage, layer 0": 0.2,
+            "attention to the passage, layer 1": 0.4,
+            "attention to the passage, mean over layers": 0.3,
+        }
+    )
+    assert runs.n[3, "NIH recall"] == 2 and (runs.value[4] == 0).all()
+
+
+@pytest.mark.parametrize("dose", [0.0, 0.3, 1.0])
+def test_a_dose_is_the_share_of_what_ignores_the_text_and_keeps_all_proportions(dose):
+    shares = {"memory_question": 0.3, "agreeing_passage": 0.1, "dependent_passage": 0.4, "instruction_task": 0.2}
+    kinds = {"ignoring": ["memory_question", "agreeing_passage"], "reading": ["dependent_passage"]}
+    mixed = trials.dosed(shares, dose, **kinds)
+    assert sum(mixed.values()) == pytest.approx(1) and 0 not in mixed.values()
+    ignored = {kind: share for kind, share in mixed.items() if kind in kinds["ignoring"]}
+    assert ignored == pytest.approx({"memory_question": 0.75 * dose, "agreeing_passage": 0.25 * dose} if dose else {})
+
+
+def test_bad_input_is_said_before_anything_runs(params):
+    with pytest.raises(InputError, match=r"miniature\.yaml: evidence: null; take params/evidence\.yaml"):
+        trials.open_evidence(SMALL.with_name("miniature.yaml"))
+    with pytest.raises(InputError, match=r"trials need the truth"):
+        trials.open_evidence(SMALL, {"conversations.source": "owner/data"})
+    with pytest.raises(InputError, match="has no indicator to be asked with"):
+        trials.answers(params, VANILLA, INDICATED)
+    with pytest.raises(InputError, match=r"unknown key 'finetune\.step'; did you mean 'finetune\.steps'"):
+        trials.answers(params, Trial({"finetune.step": 3}), RAW)
+    assert not (params.output_dir / "work").exists()
