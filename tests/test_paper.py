@@ -177,12 +177,6 @@ def test_the_official_models_are_those_of_table_7():
     assert sorted(paper.OFFICIAL.values()) == sorted(paper.as_printed(7)["model"])
 
 
-def test_a_hub_dataset_has_the_same_name_here_and_in_the_plan():
-    from ctxlib.plan.steps import TABLE_2
-
-    assert paper.DATASETS == TABLE_2
-
-
 @pytest.mark.skipif(not FACTS.is_file(), reason="the collected facts of the paper do not lie beside the project")
 @pytest.mark.parametrize("number", SECTIONS)
 def test_every_cell_stands_where_the_collected_facts_have_it(number):

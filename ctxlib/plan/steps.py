@@ -9,15 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ctxlib import experiment
 from ctxlib.labels import BATCHES_GROUPED, training_order
-from ctxlib.paper import table_2
+from ctxlib.paper import DATASETS, table_2
 from ctxlib.params import Finetune, InputError, Params
 from ctxlib.plan.questions import MT_BENCH, SAMPLED, Texts, how, length, needle_kinds
 
-TABLE_2 = {
-    "ucla-cmllab/vicuna_cleaned": "ShareGPT",
-    "ucla-cmllab/ultrachat_200k": "UltraChat-200K",
-    "yihanwang617/WizardLM_70k_unfiltered": "WizardLM-70K",
-}
 SCORE_PASSES = 1 + 5 / 3  # 02 scores all conversations once, and every third in five readings
 
 
@@ -187,8 +182,8 @@ def conversation_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None
         source = f"counted here, {how(tokenizer)} of {len(sampled)}"
         source += "".join(f"; {n:,} × {reason}" for reason, n in corpus.dropped.itertuples(index=False))
         return Texts(len(corpus.conversations), sum(lengths) / len(lengths), limit, source, lengths=lengths)
-    if section.source in TABLE_2:
-        row = table_2().set_index("dataset").loc[TABLE_2[section.source]]
+    if section.source in DATASETS:
+        row = table_2().set_index("dataset").loc[DATASETS[section.source]]
         n = int(min(row.conversations, section.n or row.conversations))
         source = (
             "the paper's Table 2, in TinyLlama's tokens; less where they are cut; padding as if spread exponentially"
