@@ -70,7 +70,7 @@ def test_the_python_range_is_the_same_everywhere():
 
 def test_every_import_is_declared():
     imported = set()
-    for path in (ROOT / "ctxlib").rglob("*.py"):
+    for path in (*(ROOT / "ctxlib").rglob("*.py"), *(ROOT / "lm_eval_tasks").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
@@ -79,7 +79,8 @@ def test_every_import_is_declared():
     foreign = imported - sys.stdlib_module_names - {"ctxlib"}
     known = packages_distributions()
     needed = {canonicalize_name(known.get(name, [name])[0]) for name in foreign}
-    declared = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["judge"]
+    optional = PROJECT["optional-dependencies"]
+    declared = PROJECT["dependencies"] + optional["judge"] + optional["lm-eval"]
     assert needed <= {canonicalize_name(Requirement(text).name) for text in declared}
 
 
