@@ -12,8 +12,9 @@ from ctxlib.roles import PLAIN_SEPARATOR
 class DialogueTask(ConfigurableTask):
     """Documents with `messages`, of which the last is to be answered and those before keep their roles.
 
-    The chat template is the harness's (`--apply_chat_template`), generation prompt included. Without it messages are
-    separated, the answer is begun, and it ends, by an empty line (PLAIN_SEPARATOR).
+    The chat template is the harness's (`--apply_chat_template`), with the whole of its generation prompt: the authors'
+    fork of the harness (`wrap_chat_template`) cut off the newline behind `<|assistant|>`, which their models were
+    trained with. Without a template, an empty line (PLAIN_SEPARATOR) separates messages, begins the answer and ends it.
     """
 
     def __init__(self, config: Mapping[str, Any]):

@@ -231,8 +231,8 @@ def ours(folder, sources, out, *, template, reading, prompt="instruction", indic
         params = load_params(ROOT / "params/smoke.yaml", {**settings, "qa.reading": reading, "outputs": str(out)})
         questions = experiment.passage_questions(params)
         asking = {"condition": "", "model_key": models.model_hash(folder), "template": template, "indicator": indicator}
-        answers = experiment.ask(params, model, tokenizer, questions, **asking)[["id", "prompt", "answer"]]
-        clean, paper = (score_answers(answers, questions, reading=reading) for reading in READINGS)
+        said = experiment.ask(params, model, tokenizer, questions, **asking)[["id", "prompt", "answer"]]
+        clean, paper = (score_answers(said, questions, reading=reading) for reading in READINGS)
         frames[dataset] = clean.assign(containment_paper=paper["containment"]).set_index("id")
     return frames
 
