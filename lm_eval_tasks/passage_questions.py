@@ -23,16 +23,16 @@ def documents(
 
     They come from the official JSON file or the hub's `owner/name` that `metadata` holds under the dataset's name, of
     the hub's its `split`; `prompt` and `reading` are those of `ctxlib.qa.load_questions`. The `indicator` stands
-    right behind the last message. Given on the command line: `--metadata squad=dev-v1.1.json reading=paper`.
+    right behind the last message. The command line gives `--metadata '{"squad": "dev-v1.1.json", "reading": "paper"}'`.
 
     Raises InputError for an unknown reading, a source that cannot be read, and one of another dataset.
     """
     if reading not in ("clean", "paper"):
-        raise InputError(f"--metadata reading={reading}: expected clean or paper")
+        raise InputError(f"metadata reading: expected clean or paper, got {reading!r}")
     source = metadata[dataset]
     questions = load_questions(source, prompt=prompt, reading=reading, split=split)
     if not (kind := questions[0].kind).startswith(dataset):
-        raise InputError(f"--metadata {dataset}={source}: holds questions of {kind}; name a source of {dataset}")
+        raise InputError(f"metadata {dataset}: {source} holds questions of {kind}; name a source of {dataset}")
     return {"validation": Dataset.from_list([_document(question, indicator) for question in questions])}
 
 

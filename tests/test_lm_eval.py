@@ -204,11 +204,9 @@ def test_a_question_that_the_quac_script_leaves_out_has_no_share_in_its_means(so
 
 
 def test_metadata_that_would_give_other_numbers_silently_is_refused(sources):
-    with pytest.raises(
-        InputError, match=r"--metadata drop=.*squad\.json: holds questions of squad; name a source of dr"
-    ):
+    with pytest.raises(InputError, match=r"metadata drop: .*squad\.json holds questions of squad; name a source of dr"):
         passage_questions.documents("drop", drop=sources["squad"])
-    with pytest.raises(InputError, match=r"reading=papr: expected clean or paper"):
+    with pytest.raises(InputError, match=r"metadata reading: expected clean or paper, got 'papr'"):
         passage_questions.documents("squad", **sources, reading="papr")
     with pytest.raises(InputError, match=r"no\.json: not readable"):
         passage_questions.documents("squad", squad="./no.json")
@@ -289,7 +287,7 @@ def test_the_harnesss_command_gets_the_same_from_local_files(harness, sources, i
     frames = ours(indicator_model, sources, tmp_path, template=True, reading="clean", indicator="[IND]")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={indicator_model}"]
     command += ["--tasks", ",".join(task_name(dataset, indicator="[IND]") for dataset in sources)]
-    command += ["--include_path", str(FOLDER), "--metadata", *(f"{name}={file}" for name, file in sources.items())]
+    command += ["--include_path", str(FOLDER), "--metadata", json.dumps(sources)]
     command += ["--apply_chat_template", "--device", "cpu", "--batch_size", "8"]
     command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
