@@ -278,7 +278,7 @@ def hub_rows(name: str, split: str, remedy: str, revision: str | None = None) ->
                 raise
             rows = datasets.load_dataset(name, split=split, revision="refs/convert/parquet")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = f"{' '.join(str(error).split())}; {hub_remedy(name, 'dataset', revision, error)}"
+        why = f"{' '.join(str(error).split()).rstrip('.')}; {hub_remedy(name, 'dataset', revision, error)}"
         raise InputError(f"{name}: no file here, and not loadable from the hub: {why}, {remedy}") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -111,6 +111,7 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 
 
 def one_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
     if isinstance(error, KeyError):
         return f"no such key: {error}"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)

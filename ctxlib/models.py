@@ -53,7 +53,7 @@ def memory_advice(settings: str, kept: str | Path | None = None) -> Iterator[Non
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         go_on = f"; what is finished lies in {kept}, a run with less goes on from there" if kept else ""
-        raise InputError(f"out of memory ({one_line(error).rstrip('.')}): set {settings}{go_on}") from error
+        raise InputError(f"out of memory ({one_line(error)}): set {settings}{go_on}") from error
 
 
 def load_tokenizer(
