@@ -10,6 +10,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from ctxlib.attention import record_allocation, steer_attention
+from ctxlib.models import memory_advice
 from ctxlib.params import InputError
 from ctxlib.roles import ROLES, Role, RoleMap, pad_batch
 
@@ -32,7 +33,7 @@ def attention_allocation(
     A tidy frame `example, layer, head, role, attention_allocation`: examples numbered as in `maps`, fractions in
     [0, 1] that sum to one over the five roles, which go by `names` (`PARTS` for maps with the question apart). With a
     `steering_alpha` the attention is steered to the user's tokens. Only the layers asked for and those below them are
-    run. Reference: Wang et al. 2024, section 2.2.
+    run. Raises InputError for no examples, and where memory runs out. Reference: Wang et al. 2024, section 2.2.
     """
     if not maps:
         raise InputError("there is nothing to measure: give at least one example")
@@ -49,7 +50,8 @@ def attention_allocation(
         chosen = range(model.config.num_hidden_layers) if layers is None else layers
         recorder = record_allocation(model, roles, layers=chosen, stop_after=max(chosen))
         # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.
-        with torch.inference_mode(), steering, recorder as recording:
+        less_memory = memory_advice("models.batch_size down")
+        with less_memory, torch.inference_mode(), steering, recorder as recording:
             model(input_ids=batch.input_ids.to(device), use_cache=False)
         frames.append(_tidy(recording.allocation[:, :, :, -1].cpu(), recording.layers, examples, names))
     return pd.concat(frames).sort_values(CELL[:3], kind="stable", ignore_index=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ctxlib.downloads import AGAIN, check_is_itself, hub_remedy, one_line, read_json
 from ctxlib.files import replacing
 from ctxlib.params import InputError
 
@@ -166,7 +168,7 @@ def load_conversations(
             break
     if n_rows == 0:
         raise InputError(f"{source}: holds no rows")
-    if format is None:
+    if len(bad_rows) == n_rows:
         raise InputError(f"{source}: every row is bad, from the first on: {bad_rows[0]}")
     if len(bad_rows) > max_bad_rows * n_rows:
         share = f"{len(bad_rows) / n_rows:.1%}, at most {max_bad_rows:.1%} may be"
@@ -179,9 +181,9 @@ def load_conversations(
 
 
 def save_conversations(corpus: Corpus, path: str | Path) -> None:
-    """Writes the conversations, beside the target and then renamed, so that `load_conversations` reads them back.
+    """Writes the conversations, whole or not at all, so that `load_conversations` reads them back.
 
-    Raises InputError unless the file is to be a .jsonl, .json or .parquet one.
+    Raises InputError unless the file is to be a .jsonl, .json or .parquet one, and where the disk is full.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
@@ -199,12 +201,12 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
     with replacing(path) as beside:
         if path.suffix == ".parquet":
             pd.DataFrame(rows, columns=["id", "messages"]).to_parquet(beside, index=False)
-        else:
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                if path.suffix == ".json":
-                    json.dump(rows, file, ensure_ascii=False, indent=1)
-                else:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        with beside.open("w", encoding="utf-8", newline="\n") as file:
+            if path.suffix == ".json":
+                json.dump(rows, file, ensure_ascii=False, indent=1)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def is_hub_dataset(source: str | Path) -> bool:
@@ -251,14 +253,13 @@ def _rows(source: str | Path, split: str, revision: str | None) -> Iterator[tupl
     files = data_files(source)
     for path in files:
         try:
+            check_is_itself(path)
             for place, row in _READERS[path.suffix](path):
                 yield (place if len(files) == 1 else f"{path.name}, {place}"), row
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
         except OSError as error:
-            raise InputError(f"{path}: not readable: {error}") from error
+            raise InputError(f"{path}: not readable: {one_line(error)}; {AGAIN}") from error
 
 
 def hub_rows(name: str, split: str, remedy: str, revision: str | None = None) -> Iterator[tuple[str, object]]:
@@ -276,22 +277,14 @@ def hub_rows(name: str, split: str, remedy: str, revision: str | None = None) ->
             if "scripts are no longer supported" not in str(error):
                 raise
             rows = datasets.load_dataset(name, split=split, revision="refs/convert/parquet")
-    except datasets.exceptions.DatasetNotFoundError as error:
-        page = f"https://huggingface.co/datasets/{name}"
-        raise InputError(f"{name}: no file here, and missing or gated on the hub: visit {page}, {remedy}") from error
-    except ConnectionError as error:
-        raise InputError(f"{name}: no file here, and the hub cannot be reached; try again online, {remedy}") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{name}: not loadable from the hub: {' '.join(str(error).split())}; {remedy}") from error
+        why = f"{' '.join(str(error).split()).rstrip('.')}; {hub_remedy(name, 'dataset', revision, error)}"
+        raise InputError(f"{name}: no file here, and not loadable from the hub: {why}, {remedy}") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        hint = "one row a line belongs in a .jsonl file" if error.msg == "Extra data" else "repair or remove it"
-        raise InputError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}); {hint}") from error
+    rows = read_json(path, f"{AGAIN}, or repair it")
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list of rows, got {type(rows).__name__}; wrap the rows in [ ]")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
@@ -301,7 +294,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"line {number}", _parsed(line)
+                row = _parsed(line)
+                if isinstance(row, _BadRow) and not line.endswith(b"\n"):
+                    row = _BadRow("cut short", "", f"the file ends within this line; {AGAIN}")
+                yield f"line {number}", row
 
 
 def _parsed(line: bytes) -> object:
@@ -317,7 +313,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         frame = pd.read_parquet(path)
     except ValueError as error:  # pyarrow's errors are ValueErrors
-        raise InputError(f"{path}: not a Parquet file: {error}") from error
+        raise InputError(f"{path}: not a Parquet file, or cut short: {one_line(error)}; {AGAIN}") from error
     yield from ((f"row {number}", row) for number, row in enumerate(frame.to_dict("records"), start=1))
 
 
@@ -347,8 +343,15 @@ def _conversation(row: object, format: str, number: int, mend: bool) -> tuple[Co
             messages = [*messages[:start], *messages[start + leading :]]
             removed["leading assistant turn removed"] = leading
     _check(messages, FORMATS[format])
-    identity = next((row[key] for key in ("id", "prompt_id", "conversation_id") if _present(row.get(key))), number)
-    return Conversation(str(identity), tuple(messages)), removed
+    return Conversation(_identity(row, number), tuple(messages)), removed
+
+
+def _identity(row: dict, number: int) -> str:
+    key = next((key for key in ("id", "prompt_id", "conversation_id") if _present(row.get(key))), None)
+    value = number if key is None else row[key]
+    if not isinstance(value, str | numbers.Real):
+        raise _BadRow("wrong type", key, f"expected a text or a number, got {type(value).__name__}")
+    return str(value)
 
 
 def _present(value: object) -> bool:
@@ -390,7 +393,9 @@ _TYPES = {"kind": str, "depends_on_context": bool, "score": float | int, "indica
 
 
 def _string(of: dict, key: str, where: str) -> str:
-    value = of.get(key)
+    if key not in of:
+        raise _BadRow("missing key", where, f"found {', '.join(map(str, of)) or 'no keys'}; rename one, or add it")
+    value = of[key]
     if not isinstance(value, str):
         raise _BadRow("not a text", where, f"expected a string, got {type(value).__name__}")
     try:

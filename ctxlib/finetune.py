@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import shutil
+import warnings
+import zipfile
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
@@ -26,6 +28,8 @@ from transformers import (
 )
 
 from ctxlib.conversations import Conversation
+from ctxlib.downloads import read_json_object
+from ctxlib.files import disk_space
 from ctxlib.labels import (
     Example,
     audit,
@@ -41,9 +45,11 @@ from ctxlib.labels import (
 )
 from ctxlib.models import (
     add_indicator_token,
+    check_weights,
     is_adapter,
     load_model,
     load_tokenizer,
+    memory_advice,
     model_hash,
     require_chat_template,
     set_indicator_row,
@@ -67,6 +73,10 @@ __all__ = [
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 LOG_EVERY = 10
+_LESS_MEMORY = (
+    "finetune.gradient_checkpointing to true, finetune.batch_size down with finetune.gradient_accumulation up, or "
+    "conversations.max_length down (either of the last two begins anew)"
+)
 
 
 def finetune(
@@ -116,11 +126,12 @@ def finetune(
     beside it. Called again after a kill, training goes on from the last checkpoint, with the same final weights; called
     again when done, the saved log is returned. The hash covers the model, the tokenized data and every setting.
 
-    Returns the loss log `step, loss, learning_rate` (a row for every 10 steps, mean loss per supervised token in nats);
-    its `attrs` hold the counts of `training_examples` and the `config_hash`.
+    Returns the loss log `step, loss, learning_rate` (a row for every 10 steps, or fewer so that `save_every` falls on
+    a row; mean loss per supervised token in nats); its `attrs` hold the counts of `training_examples` and the
+    `config_hash`.
 
     Raises InputError for a bad setting, data without labels, an `out_dir` that holds something else, and a model that
-    mixes packed conversations; before anything is written.
+    mixes packed conversations, before anything is written; later where memory or disk are full.
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check_settings(settings)
@@ -198,10 +209,11 @@ def finetune(
     if processes.is_main_process:
         result = work_dir / "result"
         shutil.rmtree(result, ignore_errors=True)
-        model.save_pretrained(result)
-        tokenizer.save_pretrained(result)
-        log.to_csv(result / "loss.csv", index=False)
-        _write_json(result / "finetune.json", {**log.attrs, **settings})
+        with disk_space(result):
+            model.save_pretrained(result)
+            tokenizer.save_pretrained(result)
+            log.to_csv(result / "loss.csv", index=False)
+            _write_json(result / "finetune.json", {**log.attrs, **settings})
         _move_into_place(result, out_dir)
         shutil.rmtree(work_dir)
     processes.wait_for_everyone()
@@ -238,6 +250,9 @@ def make_trainer(
     """A Trainer for the examples in the order given; checkpoints go to `work_dir`. Arguments as in `finetune`."""
     cuda = torch.cuda.is_available()
     checkpointing = cuda if gradient_checkpointing is None else gradient_checkpointing
+    # a mean over steps on both sides of a checkpoint would lose those before it when training goes on from there
+    log_every = min(LOG_EVERY, steps)
+    log_every = math.gcd(log_every, save_every) if save_every < steps else log_every
     model.config.use_cache = False
     arguments = TrainingArguments(
         output_dir=str(work_dir),
@@ -249,7 +264,7 @@ def make_trainer(
         warmup_steps=math.ceil(warmup_fraction * steps),
         max_grad_norm=max_grad_norm,
         train_sampling_strategy="sequential",
-        logging_steps=min(LOG_EVERY, steps),
+        logging_steps=log_every,
         logging_nan_inf_filter=False,
         save_steps=save_every,
         save_total_limit=1,
@@ -274,11 +289,18 @@ def make_trainer(
 
 
 def train(trainer: Trainer) -> None:
-    """Trains, from the last whole checkpoint if there is one; on a CPU bit for bit the same every time."""
+    """Trains, from the last whole checkpoint if there is one; on a CPU bit for bit the same every time.
+
+    A warning tells of damaged checkpoints, which are removed. Raises InputError where memory or disk are full; the
+    checkpoint before stays.
+    """
+    work_dir = Path(trainer.args.output_dir)
+    checkpoint = _last_checkpoint(work_dir, tidy=trainer.is_world_process_zero())
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic or not torch.cuda.is_available())
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(trainer.args.output_dir)))
+        with disk_space(work_dir), memory_advice(_LESS_MEMORY, work_dir):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         torch.use_deterministic_algorithms(deterministic)
     trainer.model.config.use_cache = True
@@ -298,8 +320,10 @@ def export_merged(adapter: str | Path, out_dir: str | Path, *, dtype: str = "flo
         raise InputError(f"{out_dir}: exists already; choose another folder for the merged model")
     part = out_dir.with_name(f"{out_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    load_model(adapter, dtype=dtype, device="cpu").merge_and_unload().save_pretrained(part)
-    load_tokenizer(adapter).save_pretrained(part)
+    merged = load_model(adapter, dtype=dtype, device="cpu").merge_and_unload()
+    with disk_space(part):
+        merged.save_pretrained(part)
+        load_tokenizer(adapter).save_pretrained(part)
     part.rename(out_dir)
 
 
@@ -419,15 +443,44 @@ def _finished_log(out_dir: Path, config_hash: str) -> pd.DataFrame | None:
     return log
 
 
-def _last_checkpoint(work_dir: Path) -> str | None:
-    """The newest checkpoint that was written to its end (its trainer_state.json is written last)."""
+def _last_checkpoint(work_dir: Path, tidy: bool) -> str | None:
+    """The newest whole checkpoint; newer ones, if `tidy`, are removed, so that none is taken for one to keep.
+
+    One that a kill left unfinished is no news while there is another; of all else that is lost a warning tells.
+    """
+    whole, damaged = None, {}
     for folder in sorted(work_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    return None
+        if not (damage := _damage(folder)):
+            whole = folder
+            break
+        damaged[folder] = damage
+    if not tidy:
+        return whole and str(whole)
+    for folder in damaged:
+        shutil.rmtree(folder)
+    if told := [damage for damage in damaged.values() if whole is None or not damage.endswith(_UNFINISHED)]:
+        goes_on = f"goes on from {whole.name}" if whole else "begins anew, no other is there"
+        warnings.warn(f"{'; '.join(told)}: training {goes_on}", stacklevel=3)
+    return whole and str(whole)
+
+
+_UNFINISHED = "not written to its end"
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, of which trainer_state.json is written last."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return f"{checkpoint}: {_UNFINISHED}"
+    try:
+        read_json_object(state)
+        check_weights(checkpoint)
+    except InputError as damage:
+        return str(damage)
+    random_states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    saved = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states]
+    broken = [file for file in saved if not zipfile.is_zipfile(file)]
+    return f"{broken[0]}: missing or cut short" if broken else None
 
 
 def _discard_other_trainings(out_dir: Path, keep: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ctxlib.attention import steer_attention
 from ctxlib.conversations import Question
-from ctxlib.files import whole_lines
+from ctxlib.files import JsonLines
+from ctxlib.models import memory_advice
 from ctxlib.params import InputError
 from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleMap, pad_batch, role_map
 
@@ -56,7 +58,8 @@ def answer_questions(
     With an `indicator` the last user message carries it. With a `steering_alpha` in (0, 1] all but the user's tokens
     are weighted down (paper, section 2.3); `steering_options` go to `steer_attention`. With a `cache_dir` every answer
     is kept in a JSONL file of its own model, adapter, template, indicator, prefix, steering and decoding, and a run
-    that was cut off goes on where it stood.
+    that was cut off goes on where it stood. Several processes may use the folder at once; a damaged line of such a file
+    is left out with a warning, and its question asked again.
 
     With `reuse_prefixes` the prompts are taken in the order of their tokens, and each is read only from where it parts
     from the one before it: of what prompts begin with in common (a haystack up to its needle, a passage with several
@@ -65,14 +68,19 @@ def answer_questions(
     state is not one key and value a token (linear attention) or whose positions turn with the prompt's length
     (dynamic and long rope).
 
-    Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and for a damaged cache.
+    Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and where memory or the disk of
+    the cache is full.
     """
     model.eval()
     maps = [question_prompt(tokenizer, question, template, indicator, use_prefix) for question in questions]
     _check(model, questions, maps, max_new_tokens)
     steering = None if steering_alpha is None else {"steering_alpha": float(steering_alpha), **(steering_options or {})}
+    commit = getattr(_base(model).config, "_commit_hash", None)  # a hub's model may change under its name
     key = {
-        "model": [model_key, str(model.dtype), bool(getattr(model, "is_quantized", False)), _adapter_hash(model)],
+        "model": [
+            *(model_key, str(model.dtype), bool(getattr(model, "is_quantized", False)), _adapter_hash(model)),
+            *([commit] if commit else []),
+        ],
         "template": [template, tokenizer.chat_template if template else PLAIN_SEPARATOR],
         "indicator": indicator,
         "prefix": use_prefix,
@@ -87,7 +95,10 @@ def answer_questions(
     todo.sort(key=lambda index: maps[index].ids.tolist() if prefixes else -len(maps[index]))
     with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="answers", disable=not progress) as bar:
         for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
-            written = _greedy(model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering, prefixes)
+            with memory_advice("models.batch_size down (mt-bench: --batch-size)", cache.path):
+                written = _greedy(
+                    model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering, prefixes
+                )
             for index, (answer, answer_tokens) in zip(batch, written, strict=True):
                 answered[questions[index].id] = answer, answer_tokens
                 cache.add(questions[index].id, prompts[index], answer, answer_tokens)
@@ -271,24 +282,17 @@ def _adapter_hash(model: torch.nn.Module) -> str | None:
 
 
 class _Cache:
-    """Answers in one JSONL file per `key`, a line a sample, each flushed as it comes; without a folder, nothing."""
+    """Answers in one JSONL file per `key`, a line a sample, each written as it comes; without a folder, nothing."""
 
     def __init__(self, folder: str | Path | None, key: Mapping[str, Any]):
-        self.known: dict[str, dict[str, Any]] = {}
         self.path: Path | None = None
+        self.known: dict[str, dict[str, Any]] = {}
         if folder is None:
             return
         canonical = json.dumps(key, sort_keys=True, ensure_ascii=False)
         self.path = Path(folder) / f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for number, line in enumerate(whole_lines(self.path), start=1):
-            try:
-                sample = json.loads(line)
-                self.known[sample["id"]] = sample
-            except (ValueError, KeyError, TypeError) as damage:
-                raise InputError(
-                    f"{self.path}, line {number}: no cached answer ({damage}); delete the file"
-                ) from damage
+        self.lines = JsonLines(self.path, check=operator.itemgetter("id", "prompt", "answer", "answer_tokens"))
+        self.known = {sample["id"]: sample for sample in self.lines.rows}
 
     def get(self, key: str, prompt: str) -> tuple[str, int] | None:
         sample = self.known.get(key)
@@ -296,6 +300,4 @@ class _Cache:
 
     def add(self, key: str, prompt: str, answer: str, answer_tokens: int) -> None:
         if self.path:
-            sample = {"id": key, "prompt": prompt, "answer": answer, "answer_tokens": answer_tokens}
-            with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            self.lines.append({"id": key, "prompt": prompt, "answer": answer, "answer_tokens": answer_tokens})

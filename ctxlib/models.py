@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pandas as pd
@@ -23,10 +26,34 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ctxlib.downloads import (
+    check_is_itself,
+    check_safetensors,
+    hub_remedy,
+    one_line,
+    read_json_object,
+    read_text,
+)
 from ctxlib.params import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@contextmanager
+def memory_advice(settings: str, kept: str | Path | None = None) -> Iterator[None]:
+    """Where memory runs out in the block, raises InputError with the settings to change.
+
+    `kept` is where finished work lies, which is not done again.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        go_on = f"; what is finished lies in {kept}, a run with less goes on from there" if kept else ""
+        raise InputError(f"out of memory ({one_line(error)}): set {settings}{go_on}") from error
 
 
 def load_tokenizer(
@@ -43,10 +70,11 @@ def load_tokenizer(
         folder = _folder(path)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise InputError(f"{path}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)})")
+        _check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(path), revision=revision, local_files_only=is_local(path))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{path}: tokenizer not loadable: {_first_line(error)}") from error
+        raise _not_loadable("tokenizer", path, revision, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -67,7 +95,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         tokenizer.apply_chat_template(turn, tokenize=False)
     except TemplateError as error:
-        raise InputError(f"{tokenizer.name_or_path}: the chat template is faulty: {_first_line(error)}") from error
+        raise InputError(f"{tokenizer.name_or_path}: the chat template is faulty: {one_line(error)}") from error
 
 
 def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
@@ -75,17 +103,20 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedC
 
     Raises InputError as `load_model` does for a folder or configuration that it would not load.
     """
-    path = adapter_base(path) if is_adapter(path) else path
-    _check_model_files(path)
+    check_weights(path)
+    if is_adapter(path):
+        path = adapter_base(path)
+        _check_model_files(path)
     try:
         config = AutoConfig.from_pretrained(
             _source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{path}: model not loadable: {_first_line(error)}") from error
+        raise _not_loadable("model", path, revision, error) from error
     return config.get_text_config()
 
 
+@memory_advice("models.dtype to bfloat16, or models.quantisation to nf4 (--dtype, --quantisation)")
 def load_model(
     path: str | Path,
     *,
@@ -107,8 +138,8 @@ def load_model(
         indicator's), the new rows are the mean of the old ones before the adapter is laid over them.
     device: default "cuda" where there is one, else "cpu".
 
-    Raises InputError for a missing folder, one without config.json or without safetensors, an unknown dtype or
-    quantisation, an unreadable file.
+    Raises InputError for a missing folder, one without config.json or without whole safetensors, an unknown dtype or
+    quantisation, an unreadable file, what the hub refuses, and a model that does not fit into memory.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
@@ -119,8 +150,8 @@ def load_model(
         revision = revision or _base_of(path)[1]
         path, adapter = adapter_base(path), path
     _check_model_files(path)
-    if adapter is not None and is_local(adapter) and not is_adapter(adapter):
-        raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
+    if adapter is not None and is_local(adapter):
+        _check_adapter_files(adapter)
     config = None
     if quantisation == "nf4":
         config = BitsAndBytesConfig(
@@ -142,7 +173,7 @@ def load_model(
             device_map={"": device},
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"{path}: model not loadable: {_first_line(error)}") from error
+        raise _not_loadable("model", path, revision, error) from error
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # An eval-mode forward on AVX512-BF16 processors repacks the weights and gradients are wrong ever after.
@@ -151,8 +182,8 @@ def load_model(
         _resize_with_mean(model, len(load_tokenizer(adapter)))
         try:
             model = PeftModel.from_pretrained(model, _source(adapter))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{adapter}: adapter not loadable onto {path}: {_first_line(error)}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{adapter}: adapter not loadable onto {path}: {one_line(error)}") from error
     return model.eval()
 
 
@@ -253,7 +284,7 @@ def model_hash(path: str | Path, *, revision: str | None = None) -> str:
             continue
         digest.update(f"{file.name}\0".encode())
         if file.name == "adapter_config.json":
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = _adapter_config(path)
             base = config.pop("base_model_name_or_path")
             digest.update(json.dumps(config, sort_keys=True).encode())
             digest.update(model_hash(base, revision=config.get("revision")).encode())
@@ -282,12 +313,21 @@ def adapter_base(path: str | Path) -> str:
 
 def _base_of(adapter: str | Path) -> tuple[str, str | None]:
     """The model that an adapter was trained on, and its revision."""
+    config = _adapter_config(adapter)
+    return config["base_model_name_or_path"], config.get("revision")
+
+
+def _adapter_config(adapter: str | Path) -> dict[str, Any]:
     file = Path(adapter).expanduser() / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return config["base_model_name_or_path"], config.get("revision")
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{file}: not the configuration of an adapter: {_first_line(error)}") from error
+    config = read_json_object(file)
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise InputError(f"{file}: not the configuration of an adapter: it names no base_model_name_or_path")
+    return config
+
+
+def check_weights(path: str | Path) -> None:
+    """Raises InputError for a local model or adapter with files that are missing, cut short or something else."""
+    _check_adapter_files(path) if is_adapter(path) else _check_model_files(path)
 
 
 def _check_model_files(path: str | Path) -> None:
@@ -296,10 +336,49 @@ def _check_model_files(path: str | Path) -> None:
     folder = _folder(path)
     if not (folder / "config.json").is_file():
         raise InputError(f"{path}: not a model folder (config.json is missing)")
-    if not any(folder.glob("*.safetensors")):
-        pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
-        found = f"only {', '.join(pickled)}, which can run code" if pickled else "no weights"
-        raise InputError(f"{path}: no *.safetensors there, {found}; save it again with save_pretrained")
+    for name in ("config.json", "generation_config.json"):  # of a broken second one transformers says nothing
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    check_safetensors(_weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise InputError(f"{index}: names no files of weights (weight_map); fetch it again")
+        return [folder / name for name in sorted({str(name) for name in shards.values()})]
+    there = [file.name for file in sorted(folder.glob("*.safetensors"))]
+    if any("-of-" in name for name in there):
+        raise InputError(f"{index}: missing, though its shards are there ({there[0]}, …); fetch it, too")
+    if there:
+        return [folder / name for name in there]
+    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
+    found = f"only {', '.join(pickled)}, which can run code" if pickled else "no weights"
+    raise InputError(f"{folder}: no *.safetensors there, {found}; save it again with save_pretrained")
+
+
+def _check_adapter_files(adapter: str | Path) -> None:
+    if not is_adapter(adapter):
+        raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
+    _adapter_config(adapter)
+    check_safetensors([Path(adapter).expanduser() / "adapter_model.safetensors"])
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    for name in ("vocab.json", "tokenizer.model", "merges.txt", "chat_template.jinja"):
+        check_is_itself(folder / name)
+
+
+def _not_loadable(what: str, path: str | Path, revision: str | None, error: Exception) -> InputError:
+    remedy = "" if is_local(path) else f"; {hub_remedy(str(path), 'model', revision, error)}"
+    return InputError(f"{path}: {what} not loadable: {one_line(error)}{remedy}")
 
 
 def _folder(path: str | Path) -> Path:
@@ -318,10 +397,6 @@ def _template_text(template: str | Path) -> str:
     if isinstance(template, str) and ("{{" in template or "{%" in template):
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{template}: chat template not readable: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return read_text(Path(template).expanduser(), "correct the path, or repair the file")
+    except InputError as error:
+        raise InputError(f"chat template not readable: {error}") from error

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib.allocation import attention_allocation, mean_over_heads
 from ctxlib.conversations import Message, Question
+from ctxlib.downloads import read_text
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap
 
@@ -66,10 +67,10 @@ def place_needles(sentences: Sequence[str], needles: Sequence[str], depths: Sequ
 def read_haystack(folder: Path) -> list[str]:
     """All sentences of the folder's .txt files in the order of their names; newlines become spaces, as in the paper.
 
-    Raises InputError where there is no text.
+    Raises InputError where there is no text, and for a file that is not readable or something else than text.
     """
     files = sorted(folder.glob("*.txt"))
-    text = " ".join(" ".join(file.read_text(encoding="utf-8").split()) for file in files)
+    text = " ".join(" ".join(read_text(file).split()) for file in files)
     sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
     if not sentences:
         raise InputError(f"needle.haystack: {folder} holds no .txt file with text; put the haystack's texts there")

@@ -1,6 +1,5 @@
 """Reading comprehension: SQuAD 1.1 and 2.0, QuAC and DROP, from their official JSON files or from the hub."""
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctxlib.conversations import Message, Question, hub_rows, is_hub_dataset
+from ctxlib.downloads import read_json
 from ctxlib.metrics import CANNOTANSWER, quac_references
 from ctxlib.params import InputError
 
@@ -111,14 +111,7 @@ def _question(asked: _Asked, dataset: str, prompt: str, reading: str) -> Questio
 
 
 def _file_units(path: Path, reading: str) -> Iterator[list[_Asked]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}); {_REMEDY}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file, or {_REMEDY}") from None
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror}); {_REMEDY}") from None
+    content = read_json(path, _REMEDY)
     if isinstance(content, dict) and "data" in content:
         for a, article in enumerate(_get(content, "data", list, f"{path}, ")):
             where = f"{path}, data[{a}]."

@@ -14,12 +14,18 @@ from typing import Any
 import nbformat
 import papermill
 from filelock import FileLock
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from ctxlib.files import write
+from ctxlib.files import disk_space, write
 from ctxlib.params import InputError, Params, load_params
 from ctxlib.results import code_version, file_digest, gather_claims, gather_evidence, short_path, to_json
+
+MEMORY_ADVICE = (
+    "where memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
+    "conversations.max_length; what is finished is not done again"
+)
 
 
 class NotebookError(RuntimeError):
@@ -55,19 +61,20 @@ def run_notebook(
     out_path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
-        executed = papermill.execute_notebook(
-            source,
-            running.resolve(),
-            parameters={"params_file": str(params_file), "overrides": dict(overrides or {})},
-            kernel_name="python3",
-            language="python",
-            progress_bar={"desc": name},
-            cwd=params.root.resolve(),
-            coalesce_streams=True,
-            start_timeout=300,
-            iopub_timeout=120,
-            extra_arguments=["--log-level=ERROR"],
-        )
+        with disk_space(out_path):
+            executed = papermill.execute_notebook(
+                source,
+                running.resolve(),
+                parameters={"params_file": str(params_file), "overrides": dict(overrides or {})},
+                kernel_name="python3",
+                language="python",
+                progress_bar={"desc": name},
+                cwd=params.root.resolve(),
+                coalesce_streams=True,
+                start_timeout=300,
+                iopub_timeout=120,
+                extra_arguments=["--log-level=ERROR"],
+            )
         _check_completed(executed, notebook)
     except PapermillExecutionError as error:
         if error.ename == "InputError":
@@ -77,11 +84,15 @@ def run_notebook(
             raise InputError(error.evalue) from None
         running.replace(failed)
         cell = f"the cell In [{error.exec_count}]"
-        raise NotebookError(f"{notebook}: {cell} failed: {error.ename}: {error.evalue}; see {failed}") from None
-    except BaseException:
+        advice = f"; {MEMORY_ADVICE}" if error.ename == "OutOfMemoryError" else ""
+        raise NotebookError(f"{notebook}: {cell} failed: {error.ename}: {error.evalue}{advice}; see {failed}") from None
+    except BaseException as error:
         if running.exists():
             running.replace(failed)
         _remove_empty(params.output_dir, made)
+        if isinstance(error, DeadKernelError):
+            ended = "its Python was ended from outside, mostly because memory ran out"
+            raise NotebookError(f"{notebook}: {ended}; {MEMORY_ADVICE}; see {failed}") from None
         raise
     running.unlink()
     executed.metadata.papermill |= {"input_path": short_path(params, notebook), "output_path": out_path.name}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.conversations import Corpus, data_files, is_hub_dataset, load_conversations, save_conversations
 from ctxlib.files import write
@@ -144,7 +144,8 @@ class Prepared:
         """Scores one share of the parts and, when the parts of all shares are there, writes the folder's files.
 
         Parts are kept under a hash of everything that decides the scores, so that a stopped run goes on where it was
-        and ends with the same bytes, and other settings start anew. Scores that the folder holds are replaced when the
+        and ends with the same bytes, and other settings start anew. The token budget is none of these: where memory ran
+        out, a smaller one goes on from the parts. Scores that the folder holds are replaced when the
         new ones are complete, not before.
 
         Raises InputError for a folder that cannot be written or holds the data, for a model that is not loadable or
@@ -168,7 +169,7 @@ class Prepared:
         how = {name: getattr(settings, name) for name in _HOW}
         parts = folder / "parts" / digest([identity, how, settings.dtype, settings.quantisation, settings.attention])
         call = {"model": model, "tokenizer": self.tokenizer, "corpus": self.corpus, "shard_dir": parts, **how}
-        call["weights"] = identity["weights"]
+        call |= {"weights": identity["weights"], "token_budget": settings.token_budget}
 
         there_before = set(_part_files(parts))
         began = time.perf_counter()
@@ -225,7 +226,7 @@ class Prepared:
         }
 
 
-_HOW = ("layers", "reading", "head_reduction", "max_length", "token_budget", "conversations_per_part")
+_HOW = ("layers", "reading", "head_reduction", "max_length", "conversations_per_part")
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ def prepare(settings: Settings) -> Prepared:
         raise InputError(f"{settings.model}: a {config.model_type} model has no fixed number of {missing}; use another")
     layers = (paper_layer(depth),) if settings.layers is None else settings.layers
     layers = tuple(checked_layers(layers, depth, settings.model))
+    _check_layer_types(config, layers)
     tokenizer = load_tokenizer(model, chat_template=settings.chat_template, revision=settings.revision)
     require_chat_template(tokenizer)
     corpus = settings.load_data()
@@ -285,6 +287,15 @@ def prepare(settings: Settings) -> Prepared:
         left = f"the {len(corpus):,} conversations hold" if len(corpus) else "every row was dropped, which leaves"
         raise InputError(f"{settings.data}: {left} no user message with an answer; there is nothing to score")
     return prepared
+
+
+def _check_layer_types(config: PreTrainedConfig, layers: Sequence[int]) -> None:
+    """Raises InputError for layers without attention, where the configuration tells of which type they are."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    with_attention = [layer for layer, type in enumerate(types) if type not in ("linear_attention", "conv", "moe")]
+    if missing := [layer for layer in layers if layer not in with_attention]:
+        nothing = f"this {config.model_type} model has no attention that can be recorded in layers {missing}"
+        raise InputError(f"{nothing}; choose one of {with_attention}" if with_attention else f"{nothing}; use another")
 
 
 def parse_share(text: str) -> Share:

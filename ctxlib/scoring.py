@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from tqdm import tqdm
 
 from ctxlib.attention import record_allocation
 from ctxlib.conversations import Conversation, Corpus
+from ctxlib.downloads import one_line
 from ctxlib.files import replacing, write
+from ctxlib.models import memory_advice
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, pad_batch, role_map
 
@@ -82,8 +85,9 @@ def score_corpus(
     seed_model: the model's name in the frame; by default the hash of its weights.
     weights: that hash (`weights_hash`), where it was taken already.
 
-    Raises InputError for an empty corpus, repeated conversation ids, a layer that does not exist, a score that is not a
-    number (what was scored before stays), and when no turn at all could be scored.
+    Raises InputError for an empty corpus, repeated conversation ids, a layer that does not exist or has no attention,
+    when no turn could be scored, and for a score that is not a number and a memory or disk that is full: what was
+    scored before stays.
     Reference: Wang et al. 2024, section 3.1.
     """
     config = model.config.get_text_config()
@@ -114,19 +118,22 @@ def score_corpus(
 
     starts = range(0, len(ids), conversations_per_part)
     chosen = [(i, corpus.conversations[s : s + conversations_per_part]) for i, s in enumerate(starts)][index::shards]
+    finished = [folder and folder / f"part-{number:05d}.parquet" for number, _ in chosen]
+    if not all(file and file.exists() for file in finished):
+        _check_attention(model, layers)
     parts = []
     with _Progress(sum(len(conversations) for _, conversations in chosen), disable=not progress) as bar:
-        for number, conversations in chosen:
-            file = folder and folder / f"part-{number:05d}.parquet"
-            if file and file.exists():
-                parts.append(pd.read_parquet(file))
+        for (_, conversations), file in zip(chosen, finished, strict=True):
+            if (part := _finished_part(file)) is not None:
+                parts.append(part)
                 bar.update(len(conversations))
                 continue
             examples = [_encode(tokenizer, conversation, reading, max_length) for conversation in conversations]
             bar.update(sum(not example.answers for example in examples))
             scores = {}
             for batch in length_buckets([example for example in examples if example.answers], token_budget):
-                scores |= _score_batch(model, tokenizer, batch, layers, head_reduction)
+                with memory_advice(_FEWER if len(batch) > 1 else _SHORTER, folder):
+                    scores |= _score_batch(model, tokenizer, batch, layers, head_reduction)
                 bar.scored(len(batch), tokens=sum(len(example.map) for example in batch))
             rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
             parts.append(_frame(rows, reading, seed_model))
@@ -310,6 +317,31 @@ def _as_in_the_paper(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
 def _is_newlines(tokenizer, token_id: int) -> bool:
     text = tokenizer.decode([token_id])
     return bool(text) and not text.strip("\n")
+
+
+def _finished_part(file: Path | None) -> pd.DataFrame | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError) as damage:
+        warnings.warn(f"{file}: damaged, its conversations are scored again ({one_line(damage)})", stacklevel=3)
+        return None
+
+
+_FEWER = "scoring.token_budget down (ctxlib score: --token-budget)"
+_SHORTER = "conversations.max_length down (ctxlib score: --max-length), it was a single conversation"
+
+
+def _check_attention(model, layers: list[int]) -> None:
+    """Raises InputError for layers whose attention cannot be recorded, which two tokens tell as well as a batch."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with (
+        torch.inference_mode(),
+        record_allocation(model, ids + Role.USER, rows="last", layers=layers, stop_after=max(layers)) as recording,
+    ):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    _ = recording.allocation
 
 
 def _score_batch(

@@ -150,3 +150,14 @@ def test_role_shift_is_that_of_the_layer_and_the_mean_over_all_of_them():
 def test_nothing_to_measure_is_refused(model: PreTrainedModel):
     with pytest.raises(InputError, match="at least one example"):
         attention_allocation(model, [], batch_size=2, pad_token_id=0)
+
+
+def test_where_memory_runs_out_the_batch_size_is_named(model, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(model.model.layers[1], "forward", full)
+    with pytest.raises(InputError, match=r"out of memory \(CUDA out of memory.*: set models\.batch_size down"):
+        attention_allocation(model, random_maps([9, 12]), batch_size=2, pad_token_id=0)
+    monkeypatch.undo()
+    assert len(attention_allocation(model, random_maps([9, 12]), batch_size=2, pad_token_id=0))

@@ -8,6 +8,7 @@ ORDER = [
     "params",
     "paper",
     "files",
+    "downloads",
     "conversations",
     "rendering",
     "encoding",

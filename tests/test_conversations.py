@@ -203,13 +203,13 @@ def test_a_dataset_of_the_hub_passes_the_same_checks(tmp_path, monkeypatch):
     "error, said",
     [
         (
-            datasets.exceptions.DatasetNotFoundError("gated"),
-            "visit https://huggingface.co/datasets/owner/name, or name a",
+            datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub."),
+            "it is gated: ask for access at https://huggingface.co/datasets/owner/name, .* hf auth login, or name a",
         ),
-        (ConnectionError("no route"), "the hub cannot be reached; try again online, or name a local"),
+        (ConnectionError("no route"), "the hub cannot be reached, .*; try again online .*, or name a local"),
         (
             ValueError('Unknown split "x".\nShould be one of train'),
-            'Unknown split "x". Should be one of train; or name',
+            'Unknown split "x". Should be one of train; see https://.*/owner/name, or name a local',
         ),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supported"),
     ],
@@ -265,7 +265,10 @@ def test_refusals_are_removed_only_on_request(tmp_path):
         ("a.jsonl", "", "holds no rows"),
         ("a.json", '[{"prompt": "a"}]', "row 1: unknown format: found 'prompt'"),
         ("a.json", b"\xff", "not UTF-8"),
-        ("a.parquet", "oops", "not a Parquet file"),
+        ("a.parquet", "oops", "not a Parquet file, or cut short.*; fetch it again"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid", "a Git-LFS pointer.*git lfs pull"),
+        ("a.parquet", "<!DOCTYPE html><html>", "a web page, not the file itself"),
+        ("a.json", "[" * 10**5, "malformed JSON"),
         ("a.csv", "a,b", "expected a .json, .jsonl or .parquet file"),
         ("a.json", json.dumps([{"messages": [{"role": "user", "content": "x", "score": "high"}]}]), "wrong type"),
     ],
@@ -275,6 +278,69 @@ def test_an_unreadable_file_is_named(tmp_path, name, content, said):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=rf"{name}.*{said}"):
         load_conversations(path)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+def test_a_file_that_is_cut_short_is_never_taken_for_whole(tmp_path, name):
+    path = write(tmp_path, [sharegpt(("human", f"question {n}"), ("gpt", "answer")) for n in range(9)], name)
+    content = path.read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.99):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=rf"{name}.*(cut short|corrupted).*fetch it again") as told:
+            load_conversations(path)
+        assert "\n" not in str(told.value)
+
+
+def test_a_line_that_the_end_of_the_file_cuts_is_counted_as_such(tmp_path):
+    path = write(tmp_path, [GOOD, GOOD, GOOD], "rows.jsonl")
+    path.write_bytes(path.read_bytes()[:-20])
+    corpus = load_conversations(path, on_bad_row="drop")
+    assert len(corpus) == 2 and counted(corpus) == {"cut short": 1}
+    assert corpus.dropped_rows["remedy"].tolist() == ["the file ends within this line; fetch it again"]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"text": "a"}, "row 1: unknown format: found 'text'"),
+        ({"instruction": "a", "input": ""}, "row 1, output: missing key: found instruction, input; rename one"),
+        ({"instruction": "a", "output": 3}, "row 1, output: not a text: expected a string, got int"),
+        ({"messages": "[]"}, "row 1, messages: missing turns: expected a list of turns, got str"),
+        ({"messages": [1, 2]}, r"row 1, messages\[0\]: not an object"),
+        (
+            {"messages": [{"from": "human", "value": "a"}]},
+            r"row 1, messages\[0\]\.role: missing key: found from, value",
+        ),
+        ({"id": [1, 2], "instruction": "a", "output": "b"}, "row 1, id: wrong type: expected a text or a number"),
+        ({"id": {"a": 1}, "instruction": "a", "output": "b"}, "row 1, id: wrong type"),
+    ],
+)
+def test_columns_that_are_missing_or_of_another_type_are_named(tmp_path, name, row, said):
+    path = write(tmp_path, [row, row], name)
+    with pytest.raises(InputError, match=rf"{name}, {said}"):
+        load_conversations(path)
+    with pytest.raises(InputError, match=rf"{name}: every row is bad, from the first on: {said}"):
+        load_conversations(path, on_bad_row="drop")
+
+
+def test_numbers_and_texts_are_ids(tmp_path):
+    path = write(tmp_path, [GOOD | {"id": 7}, GOOD | {"id": None}, GOOD | {"id": 9}], "rows.parquet")
+    assert [c.id for c in load_conversations(path).conversations] == ["7.0", "2", "9.0"]
+    path = write(tmp_path, [GOOD | {"id": 7}, GOOD | {"id": "x"}])
+    assert [c.id for c in load_conversations(path).conversations] == ["7", "x"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
+    corpus = load_conversations(write(tmp_path, [sharegpt(("human", "a" * 9000), ("gpt", "b"))]))
+    for name in ("saved.jsonl", "saved.json", "saved.parquet"):
+        path = tmp_path / "out" / name
+        save_conversations(Corpus((Conversation("c", (Message("user", "a"),)),), NOTHING, "here"), path)
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=rf"{name}: not written, the disk is full"), full_disk(1000):
+            save_conversations(corpus, path)
+        assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+        path.unlink()
 
 
 def test_wrong_arguments_are_named(tmp_path):

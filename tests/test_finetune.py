@@ -1,10 +1,12 @@
 """Claims about `ctxlib.finetune`."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +14,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
+from transformers import trainer as trainer_module
 
 from ctxlib import cli
 from ctxlib import finetune as finetune_module
@@ -133,13 +136,146 @@ def test_a_killed_run_resumes_to_the_same_weights(
     torn = work_dir / "checkpoint-12"
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")  # the kill came while this one was written
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    told = pytest.warns(UserWarning, match=r"checkpoint-12/trainer_state\.json, line 1: .* goes on from checkpoint-10")
+    with monkeypatch.context() as patch, pytest.raises(Killed), told:
         kill_at(patch, 11)  # the first step of the rest: it does go on from step 10
         finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "killed", **arguments)
     resumed = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "killed", **arguments)
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
     assert resumed.equals(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "model", "whole"]
+
+
+def cut_in_half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {
+    "unfinished": lambda folder: [(folder / name).unlink() for name in ("trainer_state.json", "scheduler.pt")],
+    "weights": lambda folder: cut_in_half(next(folder.glob("*.safetensors"))),
+    "no weights": lambda folder: next(folder.glob("*.safetensors")).unlink(),
+    "optimiser": lambda folder: cut_in_half(folder / "optimizer.pt"),
+    "no optimiser": lambda folder: (folder / "optimizer.pt").unlink(),
+    "schedule": lambda folder: (folder / "scheduler.pt").write_bytes(b""),
+    "random numbers": lambda folder: cut_in_half(folder / "rng_state.pth"),
+    "no random numbers": lambda folder: (folder / "rng_state.pth").unlink(),
+    "state": lambda folder: cut_in_half(folder / "trainer_state.json"),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
+    model_folder, tokenizer, conversations, tmp_path, monkeypatch, method
+):
+    arguments = {**QUICK, "method": method, "steps": 8, "save_every": 2}
+    whole = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer_module, "rotate_checkpoints", lambda *args, **kwargs: None)
+        kill_at(patch, 5)
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    (work_dir,) = tmp_path.glob("out.training-*")
+    assert sorted(path.name for path in work_dir.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    shutil.copytree(work_dir, tmp_path / "kept")
+    for name, damage in DAMAGES.items():
+        shutil.rmtree(work_dir, ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", work_dir)
+        damage(work_dir / "checkpoint-4")
+        steps = steps_of(monkeypatch)
+        warned = pytest.warns(UserWarning, match=r"checkpoint-4.*: training goes on from checkpoint-2")
+        with nullcontext() if name == "unfinished" else warned:
+            log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+        assert steps == [3, 4, 5, 6, 7, 8]
+        resumed, expected = weights(tmp_path / "out"), weights(tmp_path / "whole")
+        assert log.equals(whole) and all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def steps_of(monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        finetune_module._Progress,
+        "on_step_end",
+        lambda self, args, state, control, **rest: steps.append(state.global_step),
+    )
+    return steps
+
+
+def test_without_a_whole_checkpoint_training_begins_anew_and_says_so(
+    model_folder, tokenizer, conversations, tmp_path, monkeypatch
+):
+    arguments = {**QUICK, "steps": 4, "save_every": 2}
+    finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    (work_dir,) = tmp_path.glob("out.training-*")
+    cut_in_half(work_dir / "checkpoint-2" / "optimizer.pt")
+    with pytest.warns(UserWarning, match=r"optimizer\.pt: missing or cut short: training begins anew"):
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_named_the_checkpoint_before_stays_and_a_run_with_room_ends_alike(
+    model_folder, tokenizer, conversations, tmp_path, full_disk, monkeypatch, method
+):
+    arguments = {**QUICK, "method": method, "steps": 4, "save_every": 2}
+    whole = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "whole", **arguments)
+    save_checkpoint = Trainer._save_checkpoint
+
+    def saves(self, *rest):
+        """The disk fills up while the second checkpoint is saved."""
+        if self.state.global_step < 4:
+            return save_checkpoint(self, *rest)
+        with full_disk(20_000):
+            return save_checkpoint(self, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError) as told:
+        patch.setattr(Trainer, "_save_checkpoint", saves)
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    (work_dir,) = tmp_path.glob("out.training-*")
+    assert str(told.value).startswith(f"{work_dir}: not written, the disk is full (")
+    assert not (tmp_path / "out").exists()
+
+    steps = steps_of(monkeypatch)
+    save_pretrained = PreTrainedTokenizerBase.save_pretrained
+
+    def saves_the_tokenizer(*args, **kwargs):
+        with full_disk(100):
+            return save_pretrained(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="result: not written, the disk is full"):
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", saves_the_tokenizer)
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    assert steps == [3, 4] and not (tmp_path / "out").exists()
+    log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    assert steps == [3, 4]  # all of it was trained
+    resumed, expected = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert log.equals(whole) and all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_where_memory_runs_out_the_settings_are_named_and_checkpointing_goes_on(
+    model_folder, tokenizer, conversations, tmp_path, monkeypatch
+):
+    arguments = {**QUICK, "steps": 4, "save_every": 2}
+    finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "whole", **arguments)
+    training_step, steps = Trainer.training_step, []
+
+    def full(self, *rest, **more):
+        if self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return training_step(self, *rest, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError) as told:
+        patch.setattr(Trainer, "training_step", full)
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
+    (work_dir,) = tmp_path.glob("out.training-*")
+    settings = ("gradient_checkpointing to true", "batch_size down", "gradient_accumulation up", "max_length down")
+    assert all(f"{name}" in str(told.value) for name in (*settings, f"what is finished lies in {work_dir}"))
+    steps = steps_of(monkeypatch)
+    finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments, gradient_checkpointing=True)
+    assert steps == [3, 4] and adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 
 
 def test_a_finished_run_is_reused_and_another_configuration_replaces_it(
@@ -318,7 +454,7 @@ def test_killed_without_warning_and_started_again_it_ends_with_the_same_weights(
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
     log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "killed", **settings)
     whole = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "whole", **settings)
-    assert log.equals(whole) and len(log) == 15
+    assert log.equals(whole) and len(log) == 30
     resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in expected)
 

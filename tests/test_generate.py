@@ -167,16 +167,72 @@ def test_steering_with_alpha_one_changes_nothing_and_strong_steering_changes_ans
     assert one_by_one.equals(steered)
 
 
-def test_bad_questions_and_damaged_caches_are_named(model, tokenizer, tmp_path):
+def test_bad_questions_are_named(model, tokenizer, tmp_path):
     with pytest.raises(InputError, match="'q1' is there more than once"):
         answer_questions(model, tokenizer, [QUESTIONS[1], *QUESTIONS], **PLAIN)
     with pytest.raises(InputError, match=r"'q1'.*window of 512"):
         answer_questions(model, tokenizer, QUESTIONS, **{**PLAIN, "max_new_tokens": 500})
-    answer_questions(model, tokenizer, QUESTIONS[:2], cache_dir=tmp_path, **PLAIN)
+
+
+def test_a_damaged_line_of_the_cache_is_told_and_its_question_asked_again(model, tokenizer, tmp_path, monkeypatch):
+    expected = answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN)
     (file,) = tmp_path.iterdir()
-    file.write_text("not JSON\n" + file.read_text())
-    with pytest.raises(InputError, match=r"line 1.*delete the file"):
-        answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN)
+    lines = file.read_text().splitlines()
+    lost = json.loads(lines[1])["id"]
+    file.write_text("\n".join([lines[0], lines[1][:30], *lines[2:], '{"id": "q9"}']) + "\n")
+    asked = []
+    greedy = generate._greedy
+    monkeypatch.setattr(generate, "_greedy", lambda *args: asked.extend(args[2]) or greedy(*args))
+    with pytest.warns(UserWarning, match=rf"{file.name}: lines 2, 6 are damaged and left out"):
+        assert answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN).equals(expected)
+    assert len(asked) == 1
+    with pytest.warns(UserWarning, match="lines 2, 6"):
+        assert answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **PLAIN).equals(expected)
+    assert len(asked) == 1 and json.loads(file.read_text().splitlines()[-1])["id"] == lost
+
+
+def test_a_model_that_the_hub_replaced_under_its_name_answers_anew(model, tokenizer, tmp_path):
+    for commit, files in ((None, 1), ("1a2b", 2), ("3c4d", 3), ("1a2b", 3), (None, 3)):
+        model.config._commit_hash = commit
+        answer_questions(model, tokenizer, QUESTIONS[:1], cache_dir=tmp_path, **PLAIN)
+        assert len(list(tmp_path.iterdir())) == files
+
+
+@pytest.mark.parametrize("reuse_prefixes", [False, True])
+def test_where_memory_runs_out_the_batch_size_is_named_and_a_smaller_one_goes_on(
+    model, tokenizer, tmp_path, reuse_prefixes
+):
+    settings = {**PLAIN, "reuse_prefixes": reuse_prefixes}
+    expected = answer_questions(model, tokenizer, QUESTIONS, **settings)
+    forward, seen = model.model.forward, []
+
+    def small(*args, **kwargs):
+        seen.append(kwargs["input_ids"].shape[1])
+        if len(seen) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(*args, **kwargs)
+
+    model.model.forward = small
+    with pytest.raises(
+        InputError, match=r"CUDA out of memory.*set models\.batch_size down .*finished lies in (\S+)\.jsonl"
+    ):
+        answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **settings)
+    model.model.forward = forward
+    (file,) = tmp_path.iterdir()
+    kept = file.read_bytes()
+    assert 0 < kept.count(b"\n") < len(QUESTIONS)
+    again = answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **{**settings, "batch_size": 1})
+    assert again.equals(expected) and file.read_bytes().startswith(kept)
+
+
+def test_a_full_disk_keeps_the_answers_before_and_a_run_with_room_goes_on(model, tokenizer, tmp_path, full_disk):
+    expected = answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path / "whole", **PLAIN)
+    (whole,) = (tmp_path / "whole").iterdir()
+    room = len(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])) + 9
+    with pytest.raises(InputError, match=rf"{whole.name}: not written, the disk is full"), full_disk(room):
+        answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path / "full", **PLAIN)
+    assert answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path / "full", **PLAIN).equals(expected)
+    assert (tmp_path / "full" / whole.name).read_bytes() == whole.read_bytes()
 
 
 def test_no_questions_make_an_empty_frame(model, tokenizer):

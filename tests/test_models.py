@@ -9,14 +9,16 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctxlib.models import (
     add_indicator,
     embedding_changes,
     is_local,
+    load_config,
     load_model,
     load_tokenizer,
+    memory_advice,
     model_hash,
     require_chat_template,
 )
@@ -27,6 +29,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44]])
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+PAGE = "<!DOCTYPE html>\n<html><body>503</body></html>"
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def put(name, content):
+    return lambda folder: (folder / name).write_text(content)
 
 
 def logits(model):
@@ -81,10 +95,12 @@ def test_real_chat_templates_are_accepted(model_folder, name):
 def test_bad_tokenizers_are_refused_with_the_remedy(model_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jinja").write_text("{% for message in messages %}")
+    (tmp_path / "pointer.jinja").write_text(POINTER)
     for path, template, message in (
         (tmp_path / "absent", None, "no such folder"),
         (tmp_path / "empty", None, "no tokenizer there"),
         (model_folder, tmp_path / "absent.jinja", "not readable"),
+        (model_folder, tmp_path / "pointer.jinja", r"not readable: .*pointer\.jinja: a Git-LFS pointer"),
         (model_folder, tmp_path / "bad.jinja", "template is faulty"),
     ):
         with pytest.raises(InputError, match=message):
@@ -108,18 +124,113 @@ def test_bad_model_folders_are_refused_with_the_remedy(model_folder, tmp_path):
         (broken("no_config", lambda f: (f / "config.json").unlink()), "config.json is missing"),
         (broken("pickled", lambda f: (f / weights).rename(f / "pytorch_model.bin")), "only pytorch_model.bin"),
         (broken("weightless", lambda f: (f / weights).unlink()), "no weights"),
-        (broken("cut", lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:900])), "not loadable"),
-        (broken("garbled", lambda f: (f / "config.json").write_text("{")), "not loadable"),
+        (broken("cut", cut(weights, 900)), r"model\.safetensors: cut short or damaged, 900 bytes .*; fetch it again"),
+        (broken("pointer", put(weights, POINTER)), r"model\.safetensors: a Git-LFS pointer.*git lfs pull"),
+        (broken("page", put("config.json", PAGE)), r"config\.json: a web page, not the file itself"),
+        (broken("garbled", put("config.json", "{")), r"config\.json, line 1: malformed JSON .* cut short"),
+        (broken("half", cut("generation_config.json", 40)), r"generation_config\.json, line \d: malformed JSON"),
         (broken("foreign", lambda f: (f / "config.json").write_text('{"model_type": "nobody"}')), "not loadable"),
     ):
-        with pytest.raises(InputError, match=message):
-            load_model(path)
+        for load in (load_config, load_model):
+            with pytest.raises(InputError, match=message):
+                load(path)
     with pytest.raises(InputError, match="expected one of float32"):
         load_model(model_folder, dtype="float8")
     with pytest.raises(InputError, match="expected 'nf4'"):
         load_model(model_folder, quantisation="int8")
     with pytest.raises(InputError, match=r"adapter_config\.json is missing"):
         load_model(model_folder, adapter=tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_config, load_model])
+def test_shards_that_are_missing_cut_or_without_their_index_are_named(model, tmp_path, load):
+    model.save_pretrained(tmp_path / "whole", max_shard_size="40KB")
+    load(tmp_path / "whole")
+    index, shard = "model.safetensors.index.json", "model-00002-of-00004.safetensors"
+    for name, change, message in (
+        ("missing", lambda f: (f / shard).unlink(), f"{shard}: this file of the weights is missing; fetch it again"),
+        ("cut", cut(shard, 9000), f"{shard}: cut short or damaged, 9,000 bytes"),
+        ("pointer", put(shard, POINTER), f"{shard}: a Git-LFS pointer"),
+        ("page", put(index, PAGE), f"{index}: a web page"),
+        ("half", cut(index, 700), f"{index}, line .* cut short"),
+        ("empty", put(index, "{}"), f"{index}: names no files of weights"),
+        ("without", lambda f: (f / index).unlink(), f"{index}: missing, though its shards are there"),
+    ):
+        change(shutil.copytree(tmp_path / "whole", tmp_path / name))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / name)
+
+
+def test_tokenizers_that_are_cut_short_or_something_else_are_named(model_folder, tmp_path):
+    for name, content, message in (
+        ("tokenizer.json", None, r"tokenizer\.json, line \d+: malformed JSON .* cut short; fetch it again"),
+        ("tokenizer.json", POINTER, r"tokenizer\.json: a Git-LFS pointer"),
+        ("tokenizer.json", PAGE, r"tokenizer\.json: a web page"),
+        ("tokenizer.json", "[]", r"tokenizer\.json: expected keys and values"),
+        ("tokenizer_config.json", None, r"tokenizer_config\.json, line \d+: malformed JSON"),
+        ("tokenizer.model", POINTER, r"tokenizer\.model: a Git-LFS pointer"),
+        ("chat_template.jinja", POINTER, r"chat_template\.jinja: a Git-LFS pointer"),
+    ):
+        folder = shutil.copytree(model_folder, tmp_path / "broken")
+        (cut(name, 200) if content is None else put(name, content))(folder)
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(folder)
+        shutil.rmtree(folder)
+
+
+def test_broken_adapters_are_named_before_the_base_is_loaded(model, model_folder, tmp_path, monkeypatch):
+    model.name_or_path = str(model_folder)
+    lora(model, tmp_path / "adapter")
+    never = lambda *args, **kwargs: pytest.fail("the base was loaded")  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    for change, message in (
+        (cut(weights, 300), f"{weights}: cut short or damaged, 300 bytes"),
+        (put(weights, POINTER), f"{weights}: a Git-LFS pointer"),
+        (lambda f: (f / weights).unlink(), f"{weights}: this file of the weights is missing"),
+        (put(config, PAGE), f"{config}: a web page"),
+        (cut(config, 300), f"{config}, line .*: malformed JSON"),
+        (put(config, "[]"), f"{config}: expected keys and values"),
+        (put(config, "{}"), f"{config}: not the configuration of an adapter: it names no base_model_name_or_path"),
+    ):
+        folder = shutil.copytree(tmp_path / "adapter", tmp_path / "broken")
+        change(folder)
+        for load in (load_config, load_model, *([model_hash] if config in message else [])):
+            with pytest.raises(InputError, match=message):
+                load(folder)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        MemoryError(),
+    ],
+)
+def test_where_memory_runs_out_the_settings_are_named_and_what_is_kept(error):
+    full = pytest.raises(InputError, match=r"^out of memory \(.+\): set x down; what is finished lies in /here, ")
+    with full as told, memory_advice("x down", "/here"):
+        raise error
+    assert "\n" not in str(told.value)
+    for other in (RuntimeError("shapes differ"), KeyError("x"), InputError("bad")):
+        with pytest.raises(type(other)) as left_alone, memory_advice("x down"):
+            raise other
+        assert left_alone.value is other
+
+
+def test_a_model_that_does_not_fit_says_how_it_would(model_folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(
+        InputError, match=r"out of memory .*: set models\.dtype to bfloat16, or models\.quantisation to nf4"
+    ):
+        load_model(model_folder)
 
 
 def test_a_hub_id_is_no_local_folder_and_a_path_is():

@@ -7,6 +7,8 @@ import http.server
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +245,8 @@ def test_fastchats_own_layout_and_a_part_of_the_questions(folder, bench):
     ("file", "content", "message"),
     [
         ("question.jsonl", None, r"no file .*question\.jsonl"),
+        ("question.jsonl", "version https://git-lfs.github.com/spec/v1\noid", r"question\.jsonl: a Git-LFS pointer"),
+        ("judge_prompts.jsonl", "<!DOCTYPE html><html>", r"judge_prompts\.jsonl: a web page"),
         ("question.jsonl", "{", r"question\.jsonl, line 1: malformed JSON"),
         ("question.jsonl", '\n{"question_id": 1, "category": "a"}', r"line 2: no key 'turns'"),
         ("question.jsonl", '{"question_id": 1, "category": "a", "turns": ["x"]}', r"line 1, turns: .*two texts"),
@@ -501,9 +505,22 @@ def test_a_torn_line_is_judged_anew_and_a_damaged_one_is_named(server, judge, be
     server.requests.clear()
     pd.testing.assert_frame_equal(judge_answers(answers, bench, judge, path, progress=False), ratings)
     assert len(server.requests) == 1
+    server.requests.clear()
     path.write_bytes(b'{"key": "1"}\n' + whole)
-    with pytest.raises(InputError, match=r"j\.jsonl, line 1: no judgement.*delete the line"):
+    with pytest.warns(UserWarning, match=r"j\.jsonl: line 1 is damaged and left out"):
+        pd.testing.assert_frame_equal(judge_answers(answers, bench, judge, path, progress=False), ratings)
+    assert not server.requests
+
+
+def test_judgements_that_were_paid_for_stay_when_the_disk_is_full(server, judge, bench, answers, tmp_path, full_disk):
+    path = tmp_path / "j.jsonl"
+    with pytest.raises(InputError, match=r"j\.jsonl: not written, the disk is full"), full_disk(500):
         judge_answers(answers, bench, judge, path, progress=False)
+    kept = path.read_bytes().rpartition(b"\n")[0].count(b"\n") + 1
+    assert kept > 0
+    server.requests.clear()
+    assert judge_answers(answers, bench, judge, path, progress=False)["rating"].notna().all()
+    assert len(server.requests) == 2 * len(answers) - kept  # each is judged twice
 
 
 def test_another_answer_judge_temperature_or_prompt_is_judged_anew_and_a_further_repeat_adds_to_it(
@@ -660,6 +677,16 @@ def test_the_command_runs_without_a_hand_on_the_keyboard_and_a_second_time_witho
     server.requests.clear()
     second = CliRunner().invoke(cli.app, list(map(str, command)))
     assert second.exit_code == 0 and not server.requests
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == written
+
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")  # other contents, so another model
+    command[2] = other
+    refused = CliRunner().invoke(cli.app, list(map(str, command)))
+    assert isinstance(refused.exception, InputError)
+    assert re.search(
+        r"out: holds the ratings of another model, \S+model \(hash .*choose another folder", str(refused.exception)
+    )
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == written
 
 

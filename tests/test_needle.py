@@ -207,6 +207,15 @@ def test_what_the_needles_lack_is_said(haystack, tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \.txt file"):
         read_haystack(tmp_path / "empty")
+    for content, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", r"a\.txt: a Git-LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>", r"a\.txt: a web page, not the file itself"),
+        (b"caf\xe9 in the old town", r"a\.txt: not UTF-8 at byte 3"),
+        ("It ends in an é".encode()[:-1], r"a\.txt: cut short, it ends within a character"),
+    ):
+        (tmp_path / "empty" / "a.txt").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_haystack(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("template", [True, False])

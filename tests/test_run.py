@@ -111,6 +111,40 @@ def test_bad_input_in_a_cell_is_its_one_line_and_leaves_nothing_behind(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["01_test.ipynb"]
 
 
+def test_memory_that_ran_out_in_a_cell_says_what_to_lower_and_keeps_the_traceback(tmp_path):
+    full = 'import torch; raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")'
+    with pytest.raises(NotebookError, match=r"OutOfMemoryError: CUDA out.*lower models\.batch_size.*failed\.ipynb"):
+        run(tmp_path, full)
+    with pytest.raises(NotebookError, match=r"ended from outside, mostly because memory ran out; .*models\.batch_size"):
+        run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert (tmp_path / "outputs" / "smoke" / "01_test.failed.ipynb").exists()
+
+
+def test_the_advice_of_a_room_in_a_cell_is_the_one_line(tmp_path):
+    room = "from ctxlib.models import memory_advice\nimport torch\n"
+    room += (
+        "with memory_advice('models.batch_size down', 'here'):\n    raise torch.OutOfMemoryError('CUDA out of memory.')"
+    )
+    with pytest.raises(
+        InputError, match=r"^out of memory \(CUDA out of memory\): set models\.batch_size down; .* here, "
+    ):
+        run(tmp_path, room)
+
+
+def test_a_full_disk_is_named_the_old_notebook_stays_and_a_run_with_room_ends_well(tmp_path, full_disk):
+    executed = run(tmp_path, OPEN, "1 + 1")
+    before = executed.read_bytes()
+    table = 'import pandas as pd\nresults.table(pd.DataFrame({"n": range(9999)}), "t", "T")'
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))"
+    with pytest.raises(InputError, match=r"tables/t\.csv: not written, the disk is full .*; make room there"):
+        run(tmp_path, OPEN, limit, table)
+    with pytest.raises(InputError, match=r"01_test\.ipynb: not written, the disk is full"), full_disk(3000):
+        run(tmp_path, OPEN, "print('x' * 3000)")
+    assert executed.read_bytes() == before and not list((tmp_path / "outputs" / "smoke").glob("tables/*"))
+    run(tmp_path, OPEN, table)
+    assert len((tmp_path / "outputs" / "smoke" / "tables" / "t.csv").read_text().splitlines()) == 10_000
+
+
 def test_bad_input_is_found_before_anything_runs(tmp_path):
     untagged = write_notebook(tmp_path / "untagged.ipynb", "1", tags=())
     (tmp_path / "broken.ipynb").write_text("{")

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from ctxlib import cli, score_folder
+from ctxlib import cli, score_folder, scoring
 from ctxlib.conversations import load_conversations
 from ctxlib.miniature import MODELS
 from ctxlib.models import load_model, load_tokenizer
@@ -184,6 +184,26 @@ def test_shares_are_put_together_when_the_last_is_there(score, tmp_path):
     assert together.read_bytes() == alone.read_bytes()
 
 
+def test_where_memory_ran_out_a_smaller_token_budget_goes_on_from_the_parts(score, tmp_path, monkeypatch):
+    options, score_batch, calls = ["--conversations-per-part", "1"], scoring._score_batch, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return score_batch(*args)
+
+    monkeypatch.setattr(scoring, "_score_batch", full)
+    status, _, errors = score(*options)
+    assert (
+        status == 2 and "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): set" in errors.splitlines()[-1]
+    )
+    assert str(tmp_path / "scores" / "parts") in errors.splitlines()[-1]
+    assert score(*options, "--token-budget", "100")[0] == 0
+    assert len(calls) == 3 + 3  # two of five parts were there
+    assert read_scores(tmp_path / "scores")[1].token_budget == 100
+
+
 def test_a_share_of_nothing_but_unscorable_turns_does_not_stop_the_others(score, data, tmp_path):
     long, short = rows(2)[1], rows(1)[0]
     long["conversations"][0]["value"] = "long " * 100
@@ -197,7 +217,7 @@ def test_a_share_of_nothing_but_unscorable_turns_does_not_stop_the_others(score,
 @pytest.mark.parametrize(
     "change",
     [["--layer", "1"], ["--reading", "paper"], ["--head-reduction", "mean"], ["--max-length", "90"], ["--limit", "3"],
-     ["--token-budget", "100"], ["--dtype", "bfloat16"], ["--chat-template", "{template}"]],
+     ["--dtype", "bfloat16"], ["--chat-template", "{template}"]],
     ids=lambda change: change[0],
 )  # fmt: skip
 def test_other_settings_never_share_parts(score, tokenizer, tmp_path, change):
@@ -235,6 +255,8 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
     bad.write_text(data.read_text() + "{oops\n" + json.dumps(BAD_ROW) + "\n")
     unanswered.write_text(json.dumps({"conversations": [{"from": "human", "value": "hello?"}]}))
     empty.write_text("")
+    cut = shutil.copytree(seed_model, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
     untold = shutil.copytree(seed_model, tmp_path / "untold")
     (untold / "chat_template.jinja").unlink()
     drop = ("--on-bad-row", "drop")
@@ -250,6 +272,7 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
         (["--max-bad-rows", "5"], {}, "max_bad_rows: expected a fraction"),
         (["--chat-template", tmp_path / "none.jinja"], {}, "chat template not readable"),
         ([], {"model": tmp_path / "nowhere"}, "no such folder"),
+        ([], {"model": cut}, "model.safetensors: cut short or damaged"),
         ([], {"model": untold}, "no chat template; name a .jinja file"),
         ([], {"data": tmp_path / "nowhere.json"}, "nowhere.json: no such file"),
         ([], {"data": empty}, "holds no rows"),
@@ -280,7 +303,7 @@ def test_bad_settings_of_the_library_are_named(seed_model, data):
             prepare(settings)
 
 
-def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_path):
+def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_path, monkeypatch):
     small = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "hidden_size": 16}
     mamba = write_model(tmp_path / "mamba", tokenizer, MambaForCausalLM(MambaConfig(**small, state_size=4)))
     status, _, errors = score(model=mamba)
@@ -292,8 +315,16 @@ def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_pa
         linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1,
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     )))  # fmt: skip
-    status, _, errors = score("--layer", "all", model=hybrid)
-    assert status == 2 and "recorded in layers [0]; choose one of [1]" in errors.splitlines()[-1]
+    without = "recorded in layers [0]; choose one of [1]"
+    with monkeypatch.context() as patch:
+        patch.setattr(score_folder, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        status, _, errors = score("--layer", "all", model=hybrid)
+        assert status == 2 and without in errors.splitlines()[-1]
+    with monkeypatch.context() as patch:  # where the configuration does not tell, two tokens do
+        patch.setattr(score_folder, "_check_layer_types", lambda *args: None)
+        patch.setattr(scoring, "_score_batch", lambda *args: pytest.fail("a batch was scored"))
+        status, _, errors = score("--layer", "all", model=hybrid)
+        assert status == 2 and without in errors.splitlines()[-1]
     assert score("--layer", "1", model=hybrid, out=tmp_path / "of_hybrid")[0] == 0
     bert = BertConfig(**small, num_attention_heads=2, intermediate_size=16, max_position_embeddings=256)
     status, _, errors = score(model=write_model(tmp_path / "bert", tokenizer, BertLMHeadModel(bert)))

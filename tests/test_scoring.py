@@ -219,6 +219,55 @@ def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, 
     pd.testing.assert_frame_equal(unsharded, whole, check_exact=True)
 
 
+def test_a_part_that_is_damaged_is_told_and_scored_again(model, tokenizer, corpus, tmp_path):
+    settings = {"layers": [0], "conversations_per_part": 1, "shard_dir": tmp_path, "progress": False}
+    whole = score_corpus(model, tokenizer, corpus, **settings)
+    part = sorted(tmp_path.glob("*/part-*.parquet"))[1]
+    content = part.read_bytes()
+    for damaged in (content[:-30], b""):
+        part.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"part-00001\.parquet: damaged, its conversations are scored again"):
+            again = score_corpus(model, tokenizer, corpus, **settings)
+        pd.testing.assert_frame_equal(again, whole, check_exact=True)
+        assert part.read_bytes() == content
+
+
+def test_a_full_disk_keeps_the_parts_before_and_a_run_with_room_goes_on(model, tokenizer, corpus, tmp_path, full_disk):
+    settings = {"layers": [0], "conversations_per_part": 1, "progress": False}
+    whole = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "whole", **settings)
+    sizes = [part.stat().st_size for part in sorted((tmp_path / "whole").glob("*/part-*.parquet"))]
+    full = pytest.raises(InputError, match=r"part-0000\d\.parquet: not written, the disk is full")
+    with full, full_disk(max(sizes) - 1):
+        score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "full", **settings)
+    first_big = sizes.index(max(sizes))
+    assert len(list((tmp_path / "full").glob("*/*part-*"))) == first_big
+    again = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "full", **settings)
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+
+
+@pytest.mark.parametrize("token_budget, remedy", [(10**6, r"scoring\.token_budget down"), (1, "max_length down")])
+def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_parts_stay(
+    model, tokenizer, corpus, tmp_path, monkeypatch, token_budget, remedy
+):
+    settings = {"layers": [0], "shard_dir": tmp_path, "conversations_per_part": 3, "progress": False}
+    whole = score_corpus(model, tokenizer, corpus, layers=[0], token_budget=1, progress=False)
+    score_batch, scored = scoring._score_batch, []
+
+    def full(*args):
+        if len(scored) == (1 if token_budget > 1 else 3):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        scored.append(1)
+        return score_batch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "_score_batch", full)
+        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*lies in {tmp_path}"):
+            score_corpus(model, tokenizer, corpus, token_budget=token_budget, **settings)
+    assert len(list(tmp_path.glob("*/part-*.parquet"))) == 1
+    again = score_corpus(model, tokenizer, corpus, token_budget=1, **settings)
+    pd.testing.assert_frame_equal(again, whole, rtol=0, atol=2e-6)
+
+
 def test_shards_of_several_processes_are_read_as_one(model, tokenizer, corpus, tmp_path, monkeypatch):
     settings = {"layers": [1], "conversations_per_part": 2, "shard_dir": tmp_path, "progress": False}
     parts = [score_corpus(model, tokenizer, corpus, shard=(i, 2), **settings) for i in (1, 0)]

@@ -20,6 +20,7 @@ from typing import Literal
 
 import pandas as pd
 
+from ctxlib.downloads import read_json_object
 from ctxlib.files import write
 from ctxlib.miniature import model_source
 from ctxlib.models import load_model, load_tokenizer, model_hash, require_chat_template
@@ -35,7 +36,7 @@ from ctxlib.mt_bench.judgements import (
 )
 from ctxlib.mt_bench.questions import WITH_REFERENCE, Bench, Task, load_mt_bench
 from ctxlib.mt_bench.ratings import question_ratings, spent, summarise_ratings
-from ctxlib.params import Reading
+from ctxlib.params import InputError, Reading
 from ctxlib.results import file_digest, to_json
 
 __all__ = [
@@ -84,15 +85,16 @@ def evaluate(
     the files, versions, counts); `cache/` and judgements.jsonl let a stopped run go on and spare questions that were
     answered and judged before. The judge is looked for before the model is loaded.
 
-    Raises InputError as the functions above and `load_model` do.
+    Raises InputError as the functions above and `load_model` do, and for a folder with the ratings of another model.
     """
     out = Path(out)
     client = open_judge(judge)
     source = model_source(model)
     tokenizer = load_tokenizer(source, chat_template=chat_template, revision=revision)
     require_chat_template(tokenizer)
-    loaded = load_model(source, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
     key = model_hash(source, revision=revision)
+    _check_folder(out, key)
+    loaded = load_model(source, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
     answers = answer_turns(
         loaded,
         tokenizer,
@@ -104,7 +106,6 @@ def evaluate(
         model_key=key,
         cache_dir=out / "cache",
     )
-    write(out / "answers.jsonl", answers.to_json(orient="records", lines=True, force_ascii=False))
     ratings = judge_answers(answers, bench, judge, out / "judgements.jsonl", client=client)
     summary, taken = summarise_ratings(ratings), spent(ratings, prices)
     settings = {"model": model, "model_hash": key, "reading": reading, "indicator": indicator, "dtype": dtype}
@@ -118,7 +119,18 @@ def evaluate(
         "versions": {name: version(name) for name in ("ctxlib", "torch", "transformers", "openai")}
         | {"python": platform.python_version()},
     }
+    write(out / "answers.jsonl", answers.to_json(orient="records", lines=True, force_ascii=False))
     write(out / "ratings.csv", ratings.to_csv(index=False, lineterminator="\n"))
     write(out / "summary.csv", summary.to_csv(index=False, lineterminator="\n"))
     write(out / "mt_bench.json", to_json(manifest))
     return summary, taken
+
+
+def _check_folder(out: Path, model_key: str) -> None:
+    manifest = out / "mt_bench.json"
+    if not manifest.is_file():
+        return
+    settings = read_json_object(manifest, "delete it, or choose another folder").get("settings", {})
+    if settings.get("model_hash") != model_key:
+        whose = f"{settings.get('model')} (hash {settings.get('model_hash')}, not {model_key})"
+        raise InputError(f"{out}: holds the ratings of another model, {whose}; choose another folder")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ctxlib.files import whole_lines
+from ctxlib.files import JsonLines
 from ctxlib.mt_bench.judge import Judge, open_judge, stopped
 from ctxlib.mt_bench.questions import PROMPT_NAMES, Bench, Task
 from ctxlib.params import InputError
@@ -70,10 +70,11 @@ def judge_answers(
     are those of all attempts, NaN where the server does not tell.
 
     Every judgement is appended to the JSONL file `path` as it comes, under a hash of what the judge read, judge and
-    repeat, so that a run that was stopped asks only for those that it lacks; refused ones are asked for again.
+    repeat, so that a run that was stopped asks only for those that it lacks; refused ones are asked for again, and
+    those on a damaged line of the file, with a warning.
 
-    Raises InputError for answers to unknown questions or without their first turn, for a damaged file, where no
-    judgement was given at all, and as `open_judge` does (which gives the `client`) when the server fails for good.
+    Raises InputError for answers to unknown questions or without their first turn, where no judgement was given at all,
+    for a full disk, and as `open_judge` does (which gives the `client`) when the server fails for good.
     """
     asked = _judgements(answers, bench, judge)
     kept = _Judgements(Path(path))
@@ -160,19 +161,16 @@ class _Judgements:
     """One JSONL file, a line a judgement, appended whole as it comes."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.lock, self.known = path, Lock(), {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for number, line in enumerate(whole_lines(path), start=1):
-            try:
-                judgement = json.loads(line)
-                self.known[judgement["key"]] = judgement
-                self.row(judgement["key"])
-            except (ValueError, KeyError, TypeError, IndexError) as damage:
-                raise InputError(f"{path}, line {number}: no judgement ({damage}); delete the line") from None
+        self.lock = Lock()
+        self.lines = JsonLines(path, check=lambda judgement: (judgement["key"], self._row(judgement)))
+        self.known = {judgement["key"]: judgement for judgement in self.lines.rows}
 
     def row(self, key: str) -> tuple[float, str, int, float, float]:
         """rating, problem, attempts, prompt_tokens, completion_tokens."""
-        judgement = self.known[key]
+        return self._row(self.known[key])
+
+    @staticmethod
+    def _row(judgement: dict[str, Any]) -> tuple[float, str, int, float, float]:
         rating = parse_rating(judgement["texts"][-1])
         tokens = (judgement[name] for name in ("prompt_tokens", "completion_tokens"))
         problem = NO_RATING if math.isnan(rating) else ""
@@ -183,5 +181,4 @@ class _Judgements:
         judgement = {"key": key, "texts": texts, "prompt_tokens": counts[0], "completion_tokens": counts[1]}
         with self.lock:
             self.known[key] = judgement
-            with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(judgement) + "\n")
+            self.lines.append(judgement)

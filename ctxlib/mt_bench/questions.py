@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ctxlib.downloads import check_is_itself
 from ctxlib.params import InputError
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # graded against a reference answer, as in FastChat
@@ -109,6 +110,7 @@ def _found(what: str, places: Sequence[Path]) -> Path:
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; correct the path")
+    check_is_itself(path)
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():

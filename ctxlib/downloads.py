@@ -1,0 +1,117 @@
+"""Files that were fetched: what a download that went wrong left in their place, and what the hub refuses."""
+
+import json
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import errors
+from safetensors import SafetensorError, safe_open
+
+from ctxlib.params import InputError
+
+AGAIN = "fetch it again"
+
+
+def check_is_itself(path: Path) -> None:
+    """Raises InputError where a Git-LFS pointer or a web page lies in the place of a file; a file may be absent."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git-LFS pointer, not the file itself; fetch that with: git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise InputError(f"{path}: a web page, not the file itself (an error or a login, mostly); {AGAIN}")
+
+
+def read_text(path: Path, remedy: str = AGAIN) -> str:
+    """What a text file holds, without a byte order mark.
+
+    Raises InputError, naming the file and ending with the `remedy`, for one that is absent, unreadable, cut within
+    a character, not UTF-8, or something else that was saved under its name.
+    """
+    try:
+        check_is_itself(path)
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        if error.end == len(content) and error.reason == "unexpected end of data":
+            raise InputError(f"{path}: cut short, it ends within a character; {AGAIN}") from error
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8, or {remedy}") from error
+
+
+def read_json(path: Path, remedy: str = AGAIN) -> Any:
+    """What a JSON file holds; InputError as `read_text`, and with the line where it is malformed or cut short."""
+    text = read_text(path, remedy)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            raise InputError(f"{path}: empty; {remedy}") from error
+        hint = "" if text.rstrip().endswith(("]", "}")) else "; the file seems cut short"
+        hint = "; one row a line belongs in a .jsonl file" if error.msg == "Extra data" else hint
+        raise InputError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}){hint}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: malformed JSON ({error}); {remedy}") from error
+
+
+def read_json_object(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
+    """Keys and values of a JSON file; InputError as `read_json`, and where it holds something else than an object."""
+    content = read_json(path, remedy)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values in {{ }}, found {type(content).__name__}; {remedy}")
+    return content
+
+
+def check_safetensors(paths: Iterable[Path]) -> None:
+    """Raises InputError for a file of weights that is absent, cut short or something else; reads only their headers."""
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: this file of the weights is missing; {AGAIN}")
+        check_is_itself(path)
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise InputError(f"{path}: cut short or damaged, {size:,} bytes ({one_line(error)}); {AGAIN}") from error
+
+
+def hub_remedy(name: str, kind: Literal["model", "dataset"], revision: str | None, error: BaseException) -> str:
+    """Why the hub did not give a model or dataset, and what to do about it, in a few words that name its page."""
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    causes, said = list(_causes(error)), str(error)  # datasets tells some of its causes only in words
+
+    def is_one(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_one(errors.GatedRepoError) or f"is a gated {kind}" in said:
+        return f"it is gated: ask for access at {page}, then log in with: hf auth login"
+    if is_one(errors.RevisionNotFoundError):
+        return f"there is no revision '{revision}'; choose a branch, tag or commit from {page}/commits/main"
+    if is_one(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in said:
+        return f"the hub shows no such {kind}: see {page}; correct the name or, if it is private: hf auth login"
+    if is_one(ConnectionError, TimeoutError, socket.gaierror, errors.LocalEntryNotFoundError):
+        return f"the hub cannot be reached, and what it holds is not in the cache; try again online ({page})"
+    return f"see {page}"
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
+    if isinstance(error, KeyError):
+        return f"no such key: {error}"
+    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
