@@ -114,7 +114,7 @@ def test_a_run_cut_short_says_in_what_it_departs_from_the_paper(tmp_path):
     assert set(comparison.ours_in(comparison.compare([found]), 3).note) == {"; ".join([*told, "needle.reading clean"])}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*llama*-*.yaml")), ids=lambda path: path.stem)
 def test_the_nine_params_files_depart_in_nothing(path, tmp_path):
     write(tmp_path, path.name, {})
     (found,) = comparison.experiments(tmp_path)
