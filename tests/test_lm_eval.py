@@ -208,7 +208,7 @@ def test_metadata_that_would_give_other_numbers_silently_is_refused(sources):
         passage_questions.documents("drop", drop=sources["squad"])
     with pytest.raises(InputError, match=r"metadata reading: expected clean or paper, got 'papr'"):
         passage_questions.documents("squad", **sources, reading="papr")
-    with pytest.raises(InputError, match=r"no\.json: not readable"):
+    with pytest.raises(InputError, match=r"no\.json: no such file"):
         passage_questions.documents("squad", squad="./no.json")
 
 
