@@ -8,7 +8,7 @@ BIN := .venv/bin
 setup: .venv/installed
 
 reproduce: .venv/installed
-	$(BIN)/ctxlib reproduce --params $(PARAMS)
+	$(BIN)/ctxlib reproduce --params "$(PARAMS)"
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,5 +1,6 @@
 """The console command `ctxlib`. Bad input is one line on stderr and exit status 2; a failed notebook is 1."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -57,16 +58,7 @@ def run(
 @app.command()
 def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
     """Run every notebook that is not up to date, in the order of the Snakefile."""
-    parsed = _parse(overrides)
-    load_params(params, parsed).check_inputs()
-    config = [f"params_file={params}", f"overrides={json.dumps(parsed)}"]
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--config", *config]
-    with tempfile.TemporaryDirectory() as folder:
-        line = Path(folder) / "line"
-        finished = subprocess.run(command, env=os.environ | {INPUT_ERROR_FILE: str(line)})
-        if line.exists():
-            raise InputError(line.read_text(encoding="utf-8"))
-    raise SystemExit(finished.returncode)
+    raise SystemExit(_reproduce(params, _parse(overrides)))
 
 
 @app.command()
@@ -421,6 +413,29 @@ def mt_bench(
         raise SystemExit(130) from None
     print(summary.to_string(index=False, float_format="%.3f", na_rep=""))
     print(", ".join(f"{name.replace('_', ' ')} {value:,.10g}" for name, value in taken.items()))
+
+
+def _reproduce(params_file: Path, overrides: dict[str, Any]) -> int:
+    """The exit status of snakemake. Its own lock outlives a kill, so ours is the operating system's, which does not."""
+    params = load_params(params_file, overrides)
+    params.check_inputs()
+    config = [f"params_file={params_file}", f"overrides={json.dumps(overrides)}"]
+    after_a_kill = ["--nolock", "--rerun-incomplete"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", *after_a_kill, "--config", *config]
+    work = params.output_dir / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "reproduce.lock").open("a") as lock, tempfile.TemporaryDirectory() as folder:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{params.output_dir}: a reproduction is running there; wait, or set other outputs"
+            ) from None
+        line = Path(folder) / "line"
+        finished = subprocess.run(command, env=os.environ | {INPUT_ERROR_FILE: str(line)}, pass_fds=[lock.fileno()])
+        if line.exists():
+            raise InputError(line.read_text(encoding="utf-8"))
+    return finished.returncode
 
 
 def main() -> None:
