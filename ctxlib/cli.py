@@ -62,6 +62,34 @@ def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) 
 
 
 @app.command()
+def rehearse(
+    params: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")] = DEFAULT_PARAMS,
+    overrides: Overrides = None,
+    width: Annotated[int, typer.Option(min=1, help="Of the random models, at most.")] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Of the random models, at most.")] = 4,
+) -> None:
+    """Run an experiment from end to end on small random models: a trial of its files before you spend GPU hours.
+
+    Data, chat template, tokenizers, quantisation and method are those of the file; examples and steps are few. A
+    stopped rehearsal goes on with the same command.
+    """
+    from ctxlib import rehearse as room
+    from ctxlib.run import has_run, run_notebook
+
+    rehearsal = room.prepare(params, _parse(overrides), width=width, layers=layers)
+    print(f"{params} on random models, to be run again from {rehearsal.params_file}:")
+    print("\n".join(rehearsal.description), flush=True)
+    first = rehearsal.training_first
+    for name in ("02_context_dependency", "03_indicator_sft") if first else ():
+        notebook = Path("notebooks") / f"{name}.ipynb"
+        if not has_run(notebook, load_params(rehearsal.params_file, first)):
+            run_notebook(notebook, rehearsal.params_file, overrides=first)
+    status = _reproduce(rehearsal.params_file, {})
+    print("\n".join(room.summary(rehearsal.params)))
+    raise SystemExit(status)
+
+
+@app.command()
 def plan(
     params: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")] = DEFAULT_PARAMS,
     overrides: Overrides = None,
