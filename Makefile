@@ -8,7 +8,7 @@ BIN := .venv/bin
 setup: .venv/installed
 
 reproduce: .venv/installed
-	$(BIN)/ctxlib reproduce --params $(PARAMS)
+	$(BIN)/ctxlib reproduce --params "$(PARAMS)"
 
 # many trainings: a notebook a core at a time; stopped and called again it goes on
 evidence: .venv/installed

@@ -1,5 +1,6 @@
 """The console command `ctxlib`. Bad input is one line on stderr and exit status 2; a failed notebook is 1."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -60,18 +61,35 @@ def reproduce(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) 
 
     Those about evidence run side by side, as many as there are cores for their threads; the others one by one.
     """
-    parsed = _parse(overrides)
-    loaded = load_params(params, parsed)
-    loaded.check_inputs()
-    cores = "all" if loaded.evidence else "1"
-    config = [f"params_file={params}", f"overrides={json.dumps(parsed)}"]
-    command = [sys.executable, "-m", "snakemake", "--cores", cores, "--quiet", "all", "--config", *config]
-    with tempfile.TemporaryDirectory() as folder:
-        line = Path(folder) / "line"
-        finished = subprocess.run(command, env=os.environ | {INPUT_ERROR_FILE: str(line)})
-        if line.exists():
-            raise InputError(line.read_text(encoding="utf-8"))
-    raise SystemExit(finished.returncode)
+    raise SystemExit(_reproduce(params, _parse(overrides)))
+
+
+@app.command()
+def rehearse(
+    params: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")] = DEFAULT_PARAMS,
+    overrides: Overrides = None,
+    width: Annotated[int, typer.Option(min=1, help="Of the random models, at most.")] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Of the random models, at most.")] = 4,
+) -> None:
+    """Run an experiment from end to end on small random models: a trial of its files before you spend GPU hours.
+
+    Data, chat template, tokenizers, quantisation and method are those of the file; examples and steps are few. A
+    stopped rehearsal goes on with the same command.
+    """
+    from ctxlib import rehearse as room
+    from ctxlib.run import has_run, run_notebook
+
+    rehearsal = room.prepare(params, _parse(overrides), width=width, layers=layers)
+    print(f"{params} on random models, to be run again from {rehearsal.params_file}:")
+    print("\n".join(rehearsal.description), flush=True)
+    first = rehearsal.training_first
+    for name in ("02_context_dependency", "03_indicator_sft") if first else ():
+        notebook = Path("notebooks") / f"{name}.ipynb"
+        if not has_run(notebook, load_params(rehearsal.params_file, first)):
+            run_notebook(notebook, rehearsal.params_file, overrides=first)
+    status = _reproduce(rehearsal.params_file, {})
+    print("\n".join(room.summary(rehearsal.params)))
+    raise SystemExit(status)
 
 
 @app.command()
@@ -426,6 +444,41 @@ def mt_bench(
         raise SystemExit(130) from None
     print(summary.to_string(index=False, float_format="%.3f", na_rep=""))
     print(", ".join(f"{name.replace('_', ' ')} {value:,.10g}" for name, value in taken.items()))
+
+
+def _reproduce(params_file: Path, overrides: dict[str, Any]) -> int:
+    """The exit status of snakemake. Its own lock outlives a kill, so ours is the operating system's, which does not."""
+    params = load_params(params_file, overrides)
+    params.check_inputs()
+    config = [f"params_file={params_file}", f"overrides={json.dumps(overrides)}"]
+    cores = "all" if params.evidence else "1"
+    after_a_kill = ["--nolock", "--rerun-incomplete"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        cores,
+        "--quiet",
+        "all",
+        *after_a_kill,
+        "--config",
+        *config,
+    ]
+    work = params.output_dir / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "reproduce.lock").open("a") as lock, tempfile.TemporaryDirectory() as folder:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{params.output_dir}: a reproduction is running there; wait, or set other outputs"
+            ) from None
+        line = Path(folder) / "line"
+        finished = subprocess.run(command, env=os.environ | {INPUT_ERROR_FILE: str(line)}, pass_fds=[lock.fileno()])
+        if line.exists():
+            raise InputError(line.read_text(encoding="utf-8"))
+    return finished.returncode
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ ORDER = [
     "doctor",
     "plan",
     "run",
+    "rehearse",
     "cli",
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,9 +1,12 @@
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Thread
@@ -15,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ctxlib import cli
 from ctxlib import run as run_room
 from ctxlib.params import InputError, load_params
-from ctxlib.run import NotebookError, run_notebook
+from ctxlib.run import NotebookError, has_run, run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "params" / "smoke.yaml"
@@ -83,6 +86,18 @@ def test_notebooks_that_end_at_the_same_time_are_both_in_the_manifest(tmp_path, 
         thread.join()
     assert len(reading) == 2
     assert sorted(json.loads((params.output_dir / "manifest.json").read_text())["notebooks"]) == names
+
+
+def test_a_notebook_has_run_until_its_code_or_its_parameters_change(tmp_path):
+    overrides = {"outputs": str(tmp_path / "outputs"), "seed": 5}
+    notebook = tmp_path / "01_test.ipynb"
+    write_notebook(notebook, "1")
+    assert not has_run(notebook, load_params(SMOKE, overrides))
+    run(tmp_path, "1")
+    assert has_run(notebook, load_params(SMOKE, overrides))
+    assert not has_run(notebook, load_params(SMOKE, overrides | {"seed": 6}))
+    write_notebook(notebook, "2")
+    assert not has_run(notebook, load_params(SMOKE, overrides))
 
 
 def test_a_failed_cell_keeps_its_traceback_and_the_old_success(tmp_path):
@@ -183,28 +198,57 @@ def test_the_command_says_bad_input_in_one_line_and_exits_with_2(arguments, monk
 
 
 STUB = """
-import sys, pathlib
+import sys, pathlib, time
 folder = pathlib.Path("outputs/smoke/work/receipts")
 folder.mkdir(parents=True, exist_ok=True)
 notebook = pathlib.Path(sys.argv[2])
-(folder / f"{notebook.stem}.json").write_text(notebook.read_text())
+receipt = folder / f"{notebook.stem}.json"
+receipt.write_text(notebook.read_text())
+while pathlib.Path("never ends").exists():
+    time.sleep(0.01)
 """
 
 
-def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
-    """The real Snakefile, in a small copy of the repository whose runner only writes the receipt."""
-    (tmp_path / "ctxlib").mkdir()
-    (tmp_path / "params").mkdir()
-    (tmp_path / "notebooks").mkdir()
-    shutil.copy(ROOT / "Snakefile", tmp_path)
-    shutil.copy(SMOKE, tmp_path / "params")
+def small_copy(folder: Path, params_file: str = "params/smoke.yaml") -> list[str]:
+    """A small copy of the repository with the real Snakefile, whose runner only writes the receipt; its notebooks."""
+    for name in ("ctxlib", "params", "notebooks"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "Snakefile", folder)
+    shutil.copy(SMOKE, folder / params_file)
     for name in ("__init__", "params", "results"):
-        shutil.copy(ROOT / "ctxlib" / f"{name}.py", tmp_path / "ctxlib")
-    (tmp_path / "ctxlib" / "cli.py").write_text(STUB)
+        shutil.copy(ROOT / "ctxlib" / f"{name}.py", folder / "ctxlib")
+    (folder / "ctxlib" / "cli.py").write_text(STUB)
     story = (ROOT / "Snakefile").read_text().split("EVIDENCE =")[0]
     names = re.findall(r'"(\d\d_\w+)":', story)
     for name in names:
-        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(name)
+        (folder / "notebooks" / f"{name}.ipynb").write_text(name)
+    return names
+
+
+def test_a_killed_reproduction_goes_on_and_two_at_once_are_refused(tmp_path):
+    copy, params_file = tmp_path / "a copy", "params/my smoke.yaml"
+    names = small_copy(copy, params_file)
+    call = "from pathlib import Path; from ctxlib.cli import main; main()"
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv[1:] = ['reproduce', '--params', {params_file!r}]; {call}"
+    command = [sys.executable, "-c", code]
+    receipts = copy / "outputs" / "smoke" / "work" / "receipts"
+    (copy / "never ends").touch()
+    with subprocess.Popen(command, cwd=copy, start_new_session=True) as process:
+        while not list(receipts.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        second = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert second.stderr == "outputs/smoke: a reproduction is running there; wait, or set other outputs\n"
+    (copy / "never ends").unlink()
+    finished = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.stem for path in receipts.iterdir()) == names
+
+
+def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
+    names = small_copy(tmp_path)
 
     def snakemake(*arguments: str) -> set[str]:
         command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments, "--config", "experiment=smoke"]
