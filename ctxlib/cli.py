@@ -451,20 +451,9 @@ def _reproduce(params_file: Path, overrides: dict[str, Any]) -> int:
     params = load_params(params_file, overrides)
     params.check_inputs()
     config = [f"params_file={params_file}", f"overrides={json.dumps(overrides)}"]
-    cores = "all" if params.evidence else "1"
     after_a_kill = ["--nolock", "--rerun-incomplete"]
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        cores,
-        "--quiet",
-        "all",
-        *after_a_kill,
-        "--config",
-        *config,
-    ]
+    command = [sys.executable, "-m", "snakemake", "--cores", "all" if params.evidence else "1", "--quiet", "all"]
+    command += [*after_a_kill, "--config", *config]
     work = params.output_dir / "work"
     work.mkdir(parents=True, exist_ok=True)
     with (work / "reproduce.lock").open("a") as lock, tempfile.TemporaryDirectory() as folder:

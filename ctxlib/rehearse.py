@@ -74,6 +74,8 @@ def prepare(
     before any notebook runs, for bad conversations and bad questions on passages.
     """
     written, overrides = load_params(params_file), dict(overrides or {})
+    if written.evidence:
+        raise InputError(f"{params_file}: evidence: its models are the miniature's, small already; run it as it is")
     overrides = {"finetune.epochs": None, "finetune.steps": _at_most("finetune.steps", written)} | overrides
     elsewhere = ("outputs", "experiment")  # where the file's own results lie tells which models 03 trains
     full = load_params(params_file, {key: value for key, value in overrides.items() if key not in elsewhere})

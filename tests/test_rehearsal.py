@@ -6,6 +6,7 @@ here. Models are random. No number means anything; that all of it runs does, and
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from ctxlib.rehearse import prepare, shrunk
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 NINE = "tinyllama-sharegpt"
-NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = re.findall(r'"(\d\d_\w+)":', (ROOT / "Snakefile").read_text().split("EVIDENCE =")[0])
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -216,6 +217,12 @@ def test_bad_input_is_found_before_anything_is_written(own_files, tmp_path, chan
     with pytest.raises(InputError, match=message):
         prepare(own_files / "my params.yaml", {"outputs": str(tmp_path / "out")} | changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_small_already_is_not_rehearsed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match="small already"):
+        prepare("params/smoke-evidence.yaml")
 
 
 def test_bad_questions_are_found_before_any_notebook_runs(own_files, tmp_path, monkeypatch):
