@@ -62,14 +62,18 @@ def model_key(params: Params, which: str) -> str:
     return models.model_hash(model_path(params, which), revision=params.models.revision_of(which))
 
 
-def model(params: Params, which: str, adapter: Path | None = None) -> PreTrainedModel:
+def model(params: Params, which: str) -> PreTrainedModel | PeftModel:
+    """`pretrained`, `instruct` or `seed_model`; an adapter of `finetune` lies over the weights it was trained on."""
+    return _load(params, model_path(params, which), params.models.revision_of(which))
+
+
+def _load(params: Params, path: str | Path, revision: str | None) -> PreTrainedModel | PeftModel:
     return models.load_model(
-        model_path(params, which),
+        path,
         dtype=params.models.dtype,
-        quantisation=params.models.quantisation,
+        quantisation=models.trained_over(path) or params.models.quantisation,
         attention=params.models.attention,
-        adapter=adapter,
-        revision=params.models.revision_of(which),
+        revision=revision,
     )
 
 
@@ -78,14 +82,7 @@ def finetuned(params: Params, name: str) -> tuple[PreTrainedModel | PeftModel, P
     folder = params.output_dir / "work" / "models" / name
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model; first run 03_indicator_sft, or 'make reproduce'")
-    loaded = models.load_model(
-        folder,
-        dtype=params.models.dtype,
-        quantisation="nf4" if params.finetune.method == "qlora" else params.models.quantisation,
-        attention=params.models.attention,
-        revision=params.models.revision,
-    )
-    return loaded, models.load_tokenizer(folder)
+    return _load(params, folder, params.models.revision), models.load_tokenizer(folder)
 
 
 def conversations(params: Params) -> Corpus:

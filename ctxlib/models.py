@@ -306,6 +306,14 @@ def is_adapter(path: str | Path) -> bool:
     return is_local(path) and (Path(path).expanduser() / "adapter_config.json").is_file()
 
 
+def trained_over(path: str | Path) -> str | None:
+    """The quantisation of the weights below an adapter that `finetune` wrote: nf4 after QLoRA. None for all else."""
+    record = Path(path).expanduser() / "finetune.json"
+    if not (is_adapter(path) and record.is_file()):
+        return None
+    return "nf4" if json.loads(record.read_text(encoding="utf-8"))["method"] == "qlora" else None
+
+
 def adapter_base(path: str | Path) -> str:
     """Name or folder of the model that an adapter was trained on."""
     return _base_of(path)[0]

@@ -152,3 +152,23 @@ def test_an_instruction_is_followed_when_its_answer_is_given_or_all_its_rules_ar
     scored = experiment.ask(params, model, tokenizer, questions, condition="c", model_key="k", template=True)
     followed = scored.set_index("id").followed
     assert followed[:4].tolist() == [1, 0, 1, 0] and pd.isna(followed["fact"])
+
+
+@pytest.mark.parametrize(("method", "quantisation"), [("qlora", "nf4"), ("lora", None)])
+def test_an_adapter_lies_over_the_weights_it_was_trained_on(
+    tmp_path, monkeypatch, model, tokenizer, method, quantisation
+):
+    folder = tmp_path / "smoke" / "work" / "models" / "vanilla"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "finetune.json").write_text(json.dumps({"method": method}))
+    params = load_params(SMOKE, {"outputs": str(tmp_path), "models.instruct": str(folder), "models.quantisation": None})
+    asked = {}
+    monkeypatch.setattr(experiment.models, "load_model", lambda path, **how: asked.update({str(path): how}) or model)
+    monkeypatch.setattr(experiment.models, "load_tokenizer", lambda path: tokenizer)
+    experiment.model(params, "instruct")
+    assert asked.pop(str(folder))["quantisation"] == quantisation
+    experiment.finetuned(params, "vanilla")
+    assert asked.pop(str(folder))["quantisation"] == quantisation
+    experiment.model(params, "pretrained")
+    assert [how["quantisation"] for how in asked.values()] == [None]
