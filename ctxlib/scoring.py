@@ -188,7 +188,7 @@ def score_agreement(frame: pd.DataFrame, by: str, *, top: float) -> pd.DataFrame
     metric, value, n (turns). The metrics are the `rank correlation` of the scores (Spearman, in [-1, 1]; NaN where all
     scores of a condition are equal) and the `top share in common`: of the turns that are among the fraction `top` with
     the highest scores under either condition, the share that is so under both (Jaccard, in [0, 1]; two random choices
-    have about top / (2 - top) in common). Equal scores are taken in the frame's order.
+    have about top / (2 - top) in common). Equal scores are taken in the order of conversation and turn.
 
     Raises InputError where two conditions of a group were not scored on the same turns.
     """

@@ -359,6 +359,8 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         ({"reading": "free"}, "expected one of clean, paper"),
         ({"epochs": 1}, "exactly one of steps and epochs"),
         ({"batch_size": 0}, "expected a positive number"),
+        ({"freeze_indicator": True}, "freeze_indicator needs an indicator"),
+        ({"freeze_indicator": True, "indicator": "[IND]", "method": "full"}, "'full' trains every row"),
         ({"out_dir": tmp_path / "other"}, "holds something else"),
     ):
         arguments = {
