@@ -22,6 +22,8 @@ EVIDENCE = {
     "06_dose_response": [],
     "07_seeds": [],
     "08_threshold": [],
+    "09_layer_head_reading": [],
+    "10_seed_model": [],
 }
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")

@@ -103,6 +103,7 @@ def finetune(
     group_by_length: bool = True,
     packing: bool = False,
     gradient_checkpointing: bool | None = None,
+    freeze_indicator: bool = False,
     save_every: int = 100,
     seed: int = 42,
     revision: str | None = None,
@@ -120,7 +121,8 @@ def finetune(
     `group_by_length` puts conversations of like length into one batch, the batches themselves in random order.
     `packing` lays a batch out as one row without padding (`labels.pack`), with the same loss up to rounding.
     `gradient_checkpointing` computes activations twice to store fewer; None: where there is CUDA. There, the optimiser
-    pages its states and the arithmetic is bfloat16. `labels.audit` is printed on `console`, if given.
+    pages its states and the arithmetic is bfloat16. `freeze_indicator` leaves the indicator's row at the mean in the
+    `clean` reading, too. `labels.audit` is printed on `console`, if given.
 
     The result lies in `out_dir` whole or not at all: until the end all is written to `<out_dir>.training-<hash>`
     beside it. Called again after a kill, training goes on from the last checkpoint, with the same final weights; called
@@ -135,11 +137,14 @@ def finetune(
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check_settings(settings)
+    if freeze_indicator and (indicator is None or method == "full"):
+        raise InputError("finetune: freeze_indicator needs an indicator, and lora or qlora; 'full' trains every row")
     if is_adapter(model_path):
         raise InputError(f"{model_path}: an adapter cannot be fine-tuned further; give a whole model")
     require_chat_template(tokenizer)
     cuda, processes = torch.cuda.is_available(), _processes()
     settings |= {"packing": True} if packing else {}
+    settings |= {"freeze_indicator": True} if freeze_indicator else {}
     settings |= {"processes": processes.num_processes} if processes.num_processes > 1 else {}
     tokenizer, n_tokens = deepcopy(tokenizer), len(tokenizer)
     indicator_id = None if indicator is None else add_indicator_token(tokenizer, indicator)
@@ -181,7 +186,7 @@ def finetune(
     frozen_rows = []
     if method != "full":
         model = add_lora(model, lora_rank, lora_alpha, lora_dropout, indicator_id=indicator_id, base_revision=revision)
-        frozen_rows = _frozen_rows(model, reading)
+        frozen_rows = _frozen_rows(model, inputs_too=freeze_indicator or reading == "paper")
     trainer = make_trainer(
         model,
         [examples[row] for row in order],
@@ -397,10 +402,10 @@ def add_lora(
     return model
 
 
-def _frozen_rows(model: PeftModel, reading: str) -> list[torch.nn.Parameter]:
-    """The indicator's row of the output embedding; in the paper's reading that of the input embedding too."""
+def _frozen_rows(model: PeftModel, inputs_too: bool) -> list[torch.nn.Parameter]:
+    """The indicator's row of the output embedding and, if asked for, that of the input embedding."""
     inputs = model.get_input_embeddings()
-    trained = {id(parameter) for parameter in inputs.parameters()} if reading == "clean" else set()
+    trained = set() if inputs_too else {id(parameter) for parameter in inputs.parameters()}
     rows = [parameter for name, parameter in model.named_parameters() if "trainable_tokens_delta" in name]
     return [parameter for parameter in rows if id(parameter) not in trained]
 

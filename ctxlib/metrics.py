@@ -12,8 +12,8 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 from scipy.stats import t as student_t
+from sklearn.metrics import average_precision_score, precision_score, recall_score, roc_auc_score, roc_curve
 from sklearn.metrics import precision_recall_curve as _precision_recall_curve
-from sklearn.metrics import precision_score, recall_score, roc_auc_score, roc_curve
 
 from ctxlib.conversations import Question
 from ctxlib.params import InputError
@@ -411,6 +411,23 @@ def auc_by(
         for key, part in _groups_of_both_classes(frame, by, truth)
     ]
     return pd.DataFrame(rows, columns=[*_names(by), "metric", "value", "ci_low", "ci_high", "n"])
+
+
+def separation(
+    frame: pd.DataFrame, by: str | Sequence[str], *, truth: str = "depends_on_context", score: str = "score"
+) -> pd.DataFrame:
+    """How well the score separates the two classes, by group and without intervals: `by` …, metric, value, n.
+
+    The metrics are `ROC AUC`, of which chance is 0.5, and `average precision`, of which chance is the share of the
+    dependent turns; both in [0, 1] (scikit-learn). A group without both classes has no rows. With a row a seed and
+    group the intervals are those of `over_seeds`.
+    """
+    rows = [
+        (*key, metric, float(measure(part[truth].astype(bool), part[score])), len(part))
+        for key, part in _groups_of_both_classes(frame, by, truth)
+        for metric, measure in (("ROC AUC", roc_auc_score), ("average precision", average_precision_score))
+    ]
+    return pd.DataFrame(rows, columns=[*_names(by), "metric", "value", "n"])
 
 
 def curve_by(

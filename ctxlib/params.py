@@ -178,6 +178,7 @@ class Evidence(Section):
     doses: Annotated[list[Fraction], Field(min_length=2)]
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     marked_shares: Annotated[list[Fraction], Field(min_length=1)]
+    readings: Count
 
     @model_validator(mode="after")
     def _each_seed_once(self) -> "Evidence":

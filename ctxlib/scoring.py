@@ -12,6 +12,7 @@ Reference: Wang et al. 2024, section 3.1; official script `process_dataset.py`.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -178,6 +179,31 @@ def layer_agreement(
             overlap = len(ours & theirs) / len(ours)
             rows.append((layer, other_layer, overlap, 1 - overlap, len(ours) / n, n))
     return pd.DataFrame(rows, columns=["layer", "other_layer", "overlap", "disagreement", "by_chance", "n"])
+
+
+def score_agreement(frame: pd.DataFrame, by: str, *, top: float) -> pd.DataFrame:
+    """How far two conditions agree on the same turns, pair by pair within each group of `by`.
+
+    frame: condition, `by`, conversation, turn, score. One row a group, ordered pair and metric: `by`, condition, other,
+    metric, value, n (turns). The metrics are the `rank correlation` of the scores (Spearman, in [-1, 1]; NaN where all
+    scores of a condition are equal) and the `top share in common`: of the turns that are among the fraction `top` with
+    the highest scores under either condition, the share that is so under both (Jaccard, in [0, 1]; two random choices
+    have about top / (2 - top) in common). Equal scores are taken in the order of conversation and turn.
+
+    Raises InputError where two conditions of a group were not scored on the same turns.
+    """
+    rows = []
+    for key, group in frame.groupby(by, sort=False):
+        scores = group.pivot(index=["conversation", "turn"], columns="condition", values="score")
+        if scores.isna().to_numpy().any():
+            raise InputError(f"score agreement: {by} {key}: the conditions must be scored on the same turns")
+        n, ranks = len(scores), scores.corr("spearman")
+        chosen = {name: set(scores[name].nlargest(max(1, round(top * n))).index) for name in scores.columns}
+        for one, other in itertools.permutations(group["condition"].unique(), 2):
+            common = len(chosen[one] & chosen[other]) / len(chosen[one] | chosen[other])
+            rows.append((key, one, other, "rank correlation", ranks.loc[one, other], n))
+            rows.append((key, one, other, "top share in common", common, n))
+    return pd.DataFrame(rows, columns=[by, "condition", "other", "metric", "value", "n"])
 
 
 def at_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:

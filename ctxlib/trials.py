@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib import allocation, experiment, indicator, models, roles
-from ctxlib.conversations import Corpus, Question
+from ctxlib.conversations import Corpus, Message, Question
 from ctxlib.files import write
 from ctxlib.finetune import export_merged, finetune
 from ctxlib.metrics import summarise
@@ -59,6 +59,9 @@ class Trial:
     seed_model: the trial whose model scores the turns; none: the model `models.seed_model`.
     base: the trial whose model is trained further; none: the model `models.pretrained`.
     trained: False for the base as it is.
+    closing: what the user's texts end with in training instead of their own full stop, question or exclamation mark,
+        such as "." or nothing; none: as they are. Turns are scored and marked before, on the texts as they are.
+    freeze_indicator: whether the indicator's row stays at the mean of the embeddings, as in `finetune`.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +70,8 @@ class Trial:
     seed_model: "Trial | None" = None
     base: "Trial | None" = None
     trained: bool = True
+    closing: str | None = None
+    freeze_indicator: bool = False
 
     @property
     def has_indicator(self) -> bool:
@@ -75,11 +80,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Asking:
-    """How a model is asked: in the chat template or in raw text, with the indicator behind the question, steered."""
+    """How a model is asked: in the chat template or in raw text, with the indicator behind the question, steered.
+
+    closing: what questions end with instead of their own mark, as in `Trial`.
+    """
 
     template: bool = True
     indicator: bool = False
     steering_alpha: float | None = None
+    closing: str | None = None
 
 
 VANILLA, PRETRAINED = Trial(), Trial(trained=False)
@@ -164,6 +173,22 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([part[["metric", "id", "value"]] for part in parts], ignore_index=True)
 
 
+def scored_turns(params: Params, trials: Mapping[str, Trial], seeds: Sequence[int]) -> pd.DataFrame:
+    """The scores of every trial's turns at every seed, layer by layer, beside what is known about the turns.
+
+    Columns: condition (the trial's name), seed, layer, conversation, turn, kind, depends_on_context (the truth), score.
+    """
+    parts = []
+    for seed in seeds:
+        for name, trial in trials.items():
+            its = _at_seed(trial, seed)
+            known = indicator.turn_table(_corpus(params.changed(its.changes))[0]).drop(columns="score")
+            found = scores(params, its).merge(known, on=["conversation", "turn"])
+            parts.append(found.assign(condition=name, seed=seed))
+    columns = ["condition", "seed", "layer", "conversation", "turn", "kind", "depends_on_context", "score"]
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
 def dosed(
     shares: Mapping[str, float], dose: float, *, ignoring: Sequence[str], reading: Sequence[str]
 ) -> dict[str, float]:
@@ -189,7 +214,7 @@ def answers(params: Params, trial: Trial, asking: Asking, *, timeout: int | floa
     if asking.indicator and not trial.has_indicator:
         raise InputError("a trial without marks has no indicator to be asked with; give it marks")
     its, folder = params.changed(trial.changes), _folder(params, _description(params, trial))
-    questions = _questions(its)
+    questions = [replace(one, messages=_closed(one.messages, asking.closing)) for one in _questions(its)]
     asked = {
         "questions": [[q.id, q.messages[-1].content, q.response_prefix, *q.answers] for q in questions],
         "asking": asdict(asking),
@@ -238,6 +263,7 @@ def train(params: Params, trial: Trial) -> Path:
                 max_length=its.conversations.max_length,
                 attention=its.models.attention,
                 seed=its.seed,
+                freeze_indicator=trial.freeze_indicator,
                 progress=False,
                 **its.finetune.model_dump(),
             )
@@ -245,7 +271,22 @@ def train(params: Params, trial: Trial) -> Path:
 
 
 def marked(params: Params, trial: Trial) -> Corpus:
-    """The conversations that the trial is trained on, marked as it says."""
+    """The conversations that the trial is trained on, marked and closed as it says."""
+    corpus = _with_marks(params, trial)
+    closed = (replace(one, messages=_closed(one.messages, trial.closing)) for one in corpus.conversations)
+    return replace(corpus, conversations=tuple(closed))
+
+
+def _closed(messages: Sequence[Message], closing: str | None) -> tuple[Message, ...]:
+    """The messages, the user's with another end."""
+    if closing is None:
+        return tuple(messages)
+    return tuple(
+        replace(one, content=one.content.rstrip(".?!") + closing) if one.role == "user" else one for one in messages
+    )
+
+
+def _with_marks(params: Params, trial: Trial) -> Corpus:
     its = params.changed(trial.changes)
     corpus, _ = _corpus(its)
     if trial.marks is None:
@@ -419,6 +460,10 @@ def _description(params: Params, trial: Trial) -> dict[str, Any]:
     found |= {"finetune": its.finetune.model_dump(exclude={"save_every"}), "marks": trial.marks}
     if trial.marks:
         found |= {"indicator": its.models.indicator}
+    if trial.closing is not None:
+        found |= {"closing": trial.closing}
+    if trial.freeze_indicator:
+        found |= {"freeze_indicator": True}
     if trial.marks in ("score", "random"):
         picked = {"threshold": its.scoring.threshold} if trial.marked_share is None else {"share": trial.marked_share}
         found |= {"scores": digest(_scoring(params, trial)), "layer": its.scoring.layer, **picked}

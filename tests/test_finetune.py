@@ -67,10 +67,10 @@ def test_fresh_adapter_leaves_logits_unchanged(model_folder, tokenizer):
         assert torch.equal(logits(add_lora(model, indicator_id=len(tokenizer))), before)
 
 
-@pytest.mark.parametrize("reading", ["clean", "paper"])
+@pytest.mark.parametrize(("reading", "freeze_indicator"), [("clean", False), ("clean", True), ("paper", False)])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_only_the_indicators_input_row_is_trained_and_none_in_the_paper(
-    model, model_folder, tokenizer, conversations, tmp_path, reading, method
+def test_only_the_indicators_input_row_is_trained_and_none_where_it_is_frozen_or_in_the_paper(
+    model, model_folder, tokenizer, conversations, tmp_path, reading, freeze_indicator, method
 ):
     out_dir = tmp_path / "out"
     finetune(
@@ -81,6 +81,7 @@ def test_only_the_indicators_input_row_is_trained_and_none_in_the_paper(
         method=method,
         indicator="[IND]",
         reading=reading,
+        freeze_indicator=freeze_indicator,
         **QUICK,
     )
     trained = load_model(out_dir)
@@ -89,7 +90,7 @@ def test_only_the_indicators_input_row_is_trained_and_none_in_the_paper(
     assert torch.equal(new_in[:-1], old_in) and torch.equal(new_out[:-1], old_out)
     torch.testing.assert_close(new_out[-1], old_out.mean(0))
     distance = (new_in[-1] - old_in.mean(0)).abs().max()
-    assert distance > 0.05 if reading == "clean" else distance < 1e-6
+    assert distance < 1e-6 if freeze_indicator or reading == "paper" else distance > 0.05
     assert load_tokenizer(out_dir).convert_tokens_to_ids("[IND]") == len(tokenizer)
     assert "[IND]" not in tokenizer.get_vocab()
 
@@ -358,6 +359,8 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         ({"reading": "free"}, "expected one of clean, paper"),
         ({"epochs": 1}, "exactly one of steps and epochs"),
         ({"batch_size": 0}, "expected a positive number"),
+        ({"freeze_indicator": True}, "freeze_indicator needs an indicator"),
+        ({"freeze_indicator": True, "indicator": "[IND]", "method": "full"}, "'full' trains every row"),
         ({"out_dir": tmp_path / "other"}, "holds something else"),
     ):
         arguments = {

@@ -469,9 +469,22 @@ def test_auc_and_curves_by_group_leave_out_what_is_not_known():
     assert np.trapezoid(roc.true_positive_rate, roc.false_positive_rate) == pytest.approx(areas.value[0])
 
 
+def test_separation_matches_loops_over_pairs_and_over_ranks():
+    table = pd.concat([scored_turns(layer=0), scored_turns(layer=1).assign(depends_on_context=False)])
+    found = metrics.separation(table, "layer")
+    known = table[table.layer == 0].sort_values("score", ascending=False)
+    truth, score = known.depends_on_context.astype(bool).to_numpy(), known.score.to_numpy()
+    pairs = [(a > b) + (a == b) / 2 for a in score[truth] for b in score[~truth]]
+    at_or_over = [score >= here for here in score[truth]]  # precision at the rank of each dependent turn
+    precision = [truth[chosen].mean() for chosen in at_or_over]
+    assert found.value.tolist() == pytest.approx([np.mean(pairs), np.mean(precision)])
+    assert found.metric.tolist() == ["ROC AUC", "average precision"]
+    assert found.layer.tolist() == [0, 0] and found.n.tolist() == [len(known)] * 2
+
+
 def test_where_no_truth_is_known_there_are_no_rows():
     real = scored_turns(layer=0, reading="clean").assign(depends_on_context=None)
-    assert metrics.auc_by(real, "layer").empty
+    assert metrics.auc_by(real, "layer").empty and metrics.separation(real, "layer").empty
     assert metrics.curve_by(real, "layer", metrics.precision_recall_frame).empty
     assert metrics.auc_changes(real, "reading", "clean").empty
     assert metrics.selection(real, [0.5]).empty

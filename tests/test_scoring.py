@@ -11,7 +11,14 @@ from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, layer_agreement, length_buckets, reduce_heads, score_corpus
+from ctxlib.scoring import (
+    answered_turns,
+    layer_agreement,
+    length_buckets,
+    reduce_heads,
+    score_agreement,
+    score_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +361,37 @@ def test_layer_agreement_as_the_script_had_it_cannot_disagree_much():
 def test_layer_agreement_wants_the_same_turns_for_all_layers():
     with pytest.raises(InputError, match="same turns"):
         layer_agreement(frame_of(l0=[0.1, 0.2], l1=[0.1]))
+
+
+def conditions(**by_name):
+    rows = [(name, f"c{i}", 1, score) for name, scores in by_name.items() for i, score in enumerate(scores)]
+    return pd.DataFrame(rows, columns=["condition", "conversation", "turn", "score"]).assign(seed=3)
+
+
+def test_agreement_of_scores_is_one_minus_one_and_counted_by_hand_in_between():
+    up = [i / 10 for i in range(10)]
+    most = [*up[:8], 0.05, 2.0]  # of the top two one stays, c9; c7 comes in
+    table = score_agreement(conditions(up=up, twice=[2 * s for s in up], down=up[::-1], most=most), "seed", top=0.2)
+    found = table[table.condition == "up"].set_index(["other", "metric"]).value
+    assert found.xs("rank correlation", level=1)[["twice", "down"]].tolist() == pytest.approx([1, -1])
+    shared = found.xs("top share in common", level=1)
+    assert shared[["twice", "down", "most"]].tolist() == pytest.approx([1, 0, 1 / 3])
+    assert set(table.n) == {10} and set(table.seed) == {3} and len(table) == 4 * 3 * 2
+
+
+def test_agreement_of_scores_matches_loops_over_pairs_of_turns():
+    generator = torch.Generator().manual_seed(5)
+    one, other = (torch.rand(40, generator=generator).tolist() for _ in range(2))
+    found = score_agreement(conditions(one=one, other=other), "seed", top=0.3).set_index(["condition", "metric"]).value
+    ranks = [[sum(a > b for b in scores) for a in scores] for scores in (one, other)]
+    gaps = sum((a - b) ** 2 for a, b in zip(*ranks, strict=True))
+    spearman = 1 - 6 * gaps / (40 * (40**2 - 1))
+    top = [{i for i, rank in enumerate(of_one) if rank >= 40 - 12} for of_one in ranks]
+    for name in ("one", "other"):
+        assert found[name, "rank correlation"] == pytest.approx(spearman)
+        assert found[name, "top share in common"] == len(top[0] & top[1]) / len(top[0] | top[1])
+
+
+def test_agreement_of_scores_wants_the_same_turns():
+    with pytest.raises(InputError, match="seed 3: the conditions must be scored on the same turns"):
+        score_agreement(conditions(one=[0.1, 0.2], other=[0.1]), "seed", top=0.5)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from ctxlib import allocation, experiment, indicator, trials
+from ctxlib import allocation, experiment, indicator, models, scoring, trials
 from ctxlib.conversations import Corpus
 from ctxlib.params import InputError, Params
 from ctxlib.trials import INDICATED, PRETRAINED, RAW, TEMPLATE, VANILLA, Asking, Trial
@@ -114,6 +115,9 @@ def test_every_way_to_mark_is_a_trial_of_its_own(params):
         replace(SCORE, marked_share=0.3),
         replace(SCORE, seed_model=None),
         replace(SCORE, seed_model=Trial({"seed": 8})),
+        replace(SCORE, closing=""),
+        replace(SCORE, closing="."),
+        replace(SCORE, freeze_indicator=True),
         PRETRAINED,
         Trial(base=VANILLA),
         Trial({"seed": 7}, base=Trial({"seed": 0})),
@@ -147,6 +151,60 @@ def test_the_marked_share_takes_the_turns_that_score_highest_and_the_oracle_the_
     assert set(map(tuple, picked[turns].to_numpy())) == set(map(tuple, highest[turns].to_numpy()))
     truth = indicator.turn_table(trials.marked(shared, Trial(marks="oracle")))
     assert (truth.indicated == truth.depends_on_context).all()
+
+
+def users_texts(corpus: Corpus) -> list[str]:
+    return [m.content for conversation in corpus.conversations for m in conversation.messages if m.role == "user"]
+
+
+def test_the_users_texts_end_as_the_trial_says_and_the_marks_stay(shared):
+    """A full stop behind texts without a mark is what the authors' rule puts there."""
+    trial = replace(SCORE, marked_share=0.3)
+    plain, bare, stopped = (trials.marked(shared, replace(trial, closing=end)) for end in (None, "", "."))
+    assert all(text[-1] in "?." for text in users_texts(plain))  # so that the authors' rule would do nothing
+    assert users_texts(bare) == [text[:-1] for text in users_texts(plain)]
+    by_rule = indicator.mark(bare, trials.scores(shared, trial), 0.5, layer=shared.scoring.layer, reading="paper")
+    assert users_texts(stopped) == users_texts(by_rule)
+    assert 0 < len(indicated(plain)) < len(indicator.turn_table(plain))
+    for corpus in (bare, stopped):
+        pd.testing.assert_frame_equal(indicated(corpus), indicated(plain))
+
+
+def test_a_question_is_asked_with_the_end_that_the_asking_says(shared, monkeypatch):
+    read = {}
+
+    def ask(its, model, tokenizer, questions, asking):
+        read[asking.closing] = [question.messages[-1].content for question in questions]
+        return pd.DataFrame({name: [] for name in trials.COLUMNS})
+
+    monkeypatch.setattr(trials, "_ask", ask)
+    for closing in (None, "", "."):
+        trials.answers(shared, replace(PRETRAINED, changes={"facts.n": 3}), Asking(closing=closing))
+    assert all(text[-1] in "?." for text in read[None])
+    assert read[""] == [text[:-1] for text in read[None]]
+    assert read["."] == [text + "." for text in read[""]]
+
+
+def test_scored_turns_are_those_of_the_seed_model_beside_the_truth(shared):
+    turns = trials.scored_turns(shared, {"score": SCORE, "again": SCORE}, [1])
+    assert set(turns.condition) == {"score", "again"} and set(turns.seed) == {1}
+    its = shared.changed({"seed": 1})
+    corpus = experiment.conversations(its)
+    model, tokenizer = trials.tuned(shared, Trial({"seed": 1}))
+    expected = scoring.score_corpus(model, tokenizer, corpus, head_reduction="mean", progress=False)
+    ours = turns[turns.condition == "score"]
+    keys = ["conversation", "turn", "layer"]
+    assert ours[keys].to_numpy().tolist() == expected[keys].to_numpy().tolist()
+    np.testing.assert_allclose(ours.score, expected.score, atol=1e-6)
+    said = {c.id: [m.depends_on_context for m in c.messages if m.role == "assistant"] for c in corpus.conversations}
+    assert [said[row.conversation][row.turn - 1] for row in ours.itertuples()] == ours.depends_on_context.tolist()
+
+
+def test_a_frozen_row_stays_at_the_mean_and_a_trained_one_does_not(shared):
+    for frozen in (True, False):
+        path = trials.train(shared, Trial({"seed": 0}, marks="oracle", freeze_indicator=frozen))
+        rows = models.load_model(path).get_input_embeddings().weight
+        assert torch.allclose(rows[-1], rows[:-1].mean(0), atol=1e-6) == frozen
 
 
 def test_a_second_stage_begins_where_the_first_ended_and_still_knows_the_indicator(shared):
