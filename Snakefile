@@ -22,6 +22,8 @@ EVIDENCE = {
     "06_dose_response": [],
     "07_seeds": [],
     "08_threshold": [],
+    "13_lasting_effect": [],
+    "14_cause": [],
 }
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")
