@@ -1,6 +1,6 @@
-r"""Record and steer the attention of an unchanged causal language model.
+r"""Record and steer the attention of an unchanged causal language model, and what its heads hand on.
 
-Two context managers register one attention function with transformers for as long as they are open:
+The context managers register one attention function with transformers for as long as they are open:
 
     with steer_attention(model, keep, steering_alpha=0.95), record_allocation(model, roles) as recording:
         model(input_ids, attention_mask=attention_mask)
@@ -11,7 +11,7 @@ They may be nested in any order; what is recorded is always the steered attentio
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -30,7 +30,9 @@ from ctxlib.params import InputError
 from ctxlib.roles import ROLES, Role
 
 Rows = Int[Tensor, "batch row"] | Literal["last", "all"]
+Head = tuple[int, int]  # layer, head
 _BLOCK_ELEMENTS = 2**21  # float32 scores held at a time: 8 MB
+_FORBIDDEN = -1e3  # of a log weight: its exponential is zero
 _numbers = count()
 
 
@@ -77,10 +79,10 @@ def record_allocation(
 def steer_attention(
     model: nn.Module,
     keep: Bool[Tensor, "batch pos"],
-    steering_alpha: float,
+    steering_alpha: int | float,
     reading: Literal["clean", "paper"] = "clean",
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    heads: Collection[Head] | None = None,
+    queries: Bool[Tensor, "batch pos"] | None = None,
     steer_generated: bool | None = None,
 ) -> Iterator[None]:
     r"""Weight down the attention to all keys but those to `keep`, and renormalise over all keys.
@@ -88,24 +90,53 @@ def steer_attention(
     $$p'_{h,q,k} = \frac{w_k\, p_{h,q,k}}{\sum_j w_j\, p_{h,q,j}}, \qquad
       w_k = 1 \text{ if } k \text{ is kept, else } \alpha$$
 
-    which is $\log\alpha$ added to the scores of the other keys. `steering_alpha` in (0, 1]; 1 changes nothing. The
-    "clean" reading is the paper's text: the same alpha in every layer, generated tokens weighted down. The "paper"
-    reading is what the official script does: alpha^(l+1) in layer l, generated tokens left alone. `steer_generated`
-    overrides the latter. `layers` and `heads` restrict the steering; works in the prompt's pass and in decoding.
+    which is $\log\alpha$ added to the scores of the other keys. `steering_alpha` in [0, 1]: 1 changes nothing, 0
+    forbids the other keys and changes no query that sees no key to keep. The "clean" reading is the paper's text: the
+    same alpha in every layer, generated tokens weighted down. The "paper" reading is what the official script does:
+    alpha^(l+1) in layer l, generated tokens left alone. `steer_generated` overrides the latter. `heads`, pairs of layer
+    and head, restrict the steering, and so do `queries`, positions of the prompt; the queries of generated tokens are
+    always steered. Works in the prompt's pass and in decoding.
 
     Raises InputError as `record_allocation` does, and for models with soft-capped scores. Reference: Wang et al. 2024,
     section 2.3.
     """
-    steering = _Steering(model, keep, steering_alpha, reading, layers, heads, steer_generated)
+    steering = _Steering(model, keep, steering_alpha, reading, heads, queries, steer_generated)
     if steering_alpha == 1:
         yield
         return
-    with _registered(model) as hook:
-        hook.steerings.append(steering)
-        try:
-            yield
-        finally:
-            hook.steerings.remove(steering)
+    with _registered(model) as hook, _listed(hook.steerings, steering):
+        yield
+
+
+@contextmanager
+def record_outputs(model: nn.Module, rows: Int[Tensor, "batch row"]) -> Iterator["HeadOutputs"]:
+    r"""Record what every head hands on at chosen positions: $z_{h,q} = \sum_k p_{h,q,k} v_{h,k}$.
+
+    Before the output projection, which sums the heads up. `rows` is a table of positions, -1 for none, whose outputs
+    are zero. One pass over the prompt, not `generate` (InputError); another pass replaces what was recorded. What is
+    recorded is what `steer_attention` and `patch_outputs` make of it, where they were opened before.
+    """
+    outputs = HeadOutputs(model, rows)
+    with _registered(model) as hook, _listed(hook.outputs, outputs):
+        yield outputs
+
+
+@contextmanager
+def patch_outputs(
+    model: nn.Module,
+    outputs: Float[Tensor, "layer batch row head width"],
+    rows: Int[Tensor, "batch row"],
+    heads: Collection[Head],
+) -> Iterator[None]:
+    """Let `heads`, pairs of layer and head, hand on `outputs` at `rows` instead of their own, and all else as it was.
+
+    Both as `record_outputs` has them, of the same model in another condition or of another model of this shape: then
+    the n-th row here stands for the n-th row there. One pass over the prompt, not `generate` (InputError). This is
+    activation patching (Vig et al. 2020; Meng et al. 2022, causal tracing).
+    """
+    patch = HeadOutputs(model, rows, outputs, heads)
+    with _registered(model) as hook, _listed(hook.outputs, patch):
+        yield
 
 
 def verify_recording(
@@ -297,17 +328,18 @@ def _grouped_pattern(
 
 
 class _Steering:
-    def __init__(self, model, keep, steering_alpha, reading, layers, heads, steer_generated):
-        if not 0 < steering_alpha <= 1:
-            raise InputError(f"steering_alpha is {steering_alpha}; it must be in (0, 1], lower for more emphasis")
+    def __init__(self, model, keep, steering_alpha, reading, heads, queries, steer_generated):
+        if not 0 <= steering_alpha <= 1:
+            raise InputError(f"steering_alpha is {steering_alpha}; it must be in [0, 1], lower for more emphasis")
         if reading not in ("clean", "paper"):
             raise InputError(f"reading is {reading!r}; give 'clean' or 'paper'")
         self.keep = keep
-        self.log_alpha = math.log(steering_alpha)
+        self.log_alpha = math.log(steering_alpha) if steering_alpha else _FORBIDDEN
         self.compounds = reading == "paper"
-        self.layers = _checked("layer", layers, model.config.num_hidden_layers)
-        self.steers_head = torch.zeros(model.config.num_attention_heads, dtype=torch.bool)
-        self.steers_head[_checked("head", heads, len(self.steers_head))] = True
+        self.steers_head = _heads(model, heads)
+        if queries is not None and queries.shape != keep.shape:
+            raise InputError(f"queries are {tuple(queries.shape)}, keep {tuple(keep.shape)}; give both a place a token")
+        self.queries = queries
         self.steer_generated = not self.compounds if steer_generated is None else steer_generated
         self._shared: tuple = (None, None)
 
@@ -317,21 +349,29 @@ class _Steering:
         query: Float[Tensor, "batch head query_pos width"],
         key: Float[Tensor, "batch kv_head key_pos width"],
         scaling: float,
+        first_query: int,
     ) -> tuple[Float[Tensor, "batch head query_pos wider"], Float[Tensor, "batch kv_head key_pos wider"]]:
         """Two more dimensions, whose product is the bias: causal kernels and grouped queries stay as they are.
 
         The bias is split in two, so that half precision holds it to twice its digits.
         """
-        if layer not in self.layers:
+        if not self.steers_head[layer].any():
             return query, key
         _check_batch(query, len(self.keep))
-        log_weight = self.log_alpha * (layer + 1 if self.compounds else 1)
+        log_weight = max(self.log_alpha * (layer + 1 if self.compounds else 1), _FORBIDDEN)
         bias = self._bias(key.shape[2], log_weight / scaling, key.dtype, key.device)
-        steered = self.steers_head.to(query)[:, None, None]
+        steered = self.steers_head[layer].to(query)[None, :, None, None] * self._steered(query, first_query)
         return (
             _widened(query, steered.expand(len(query), -1, query.shape[2], 2)),
             _widened(key, bias[:, None].expand(-1, key.shape[1], -1, -1)),
         )
+
+    def _steered(self, query: Tensor, first_query: int) -> Float[Tensor, "#batch 1 #query_pos 1"]:
+        """1 for the queries that are steered, else 0."""
+        if self.queries is None:
+            return query.new_ones(1, 1, 1, 1)
+        chosen = self.queries[:, first_query : first_query + query.shape[2]].to(query)
+        return F.pad(chosen, (0, query.shape[2] - chosen.shape[1]), value=1)[:, None, :, None]
 
     def _bias(self, keys: int, log_weight: float, dtype, device) -> Float[Tensor, "batch key_pos 2"]:
         """The bias, split in two; the layers of one pass mostly share it."""
@@ -347,8 +387,48 @@ class _Steering:
         return self._shared[1].to(device)
 
 
+class HeadOutputs:
+    """What the heads hand on at chosen rows of one forward pass; with a `source`, what some of them hand on instead."""
+
+    def __init__(self, model, rows, source=None, heads=()):
+        self._rows = rows
+        self._patched = _heads(model, heads)
+        self._source = source
+        self._found: dict[int, Tensor] = {}
+        if source is not None and (len(source) != len(self._patched) or source.shape[1:3] != rows.shape):
+            shape, layers = tuple(source.shape), len(self._patched)
+            raise InputError(f"outputs are {shape}; for {layers} layers and these rows they start with {layers}, "
+                             f"{', '.join(map(str, rows.shape))}: record both alike")  # fmt: skip
+
+    @property
+    def outputs(self) -> Float[Tensor, "layer batch row head width"]:
+        """In the order of the rows asked for; zero where there was none."""
+        if not self._found:
+            raise InputError("nothing was recorded; call the model inside the record_outputs block")
+        return torch.stack([self._found[layer] for layer in sorted(self._found)])
+
+    def hand_on(
+        self, layer: int, own: Float[Tensor, "batch query_pos head width"], first_query: int
+    ) -> Float[Tensor, "batch query_pos head width"]:
+        """The heads' outputs, patched where there is a source, else noted and as they are."""
+        _check_batch(own, len(self._rows))
+        if first_query or own.shape[1] <= self._rows.max():
+            raise InputError("head outputs are recorded and patched in one pass over the whole prompt; do not generate")
+        rows = self._rows.to(own.device)
+        if self._source is None:
+            taken = torch.take_along_dim(own.detach(), rows.clamp(min=0)[..., None, None], dim=1)
+            self._found[layer] = taken.where((rows >= 0)[..., None, None], 0)
+            return own
+        example, row = torch.nonzero(rows >= 0, as_tuple=True)
+        heads = torch.nonzero(self._patched[layer])[:, 0].to(own.device)
+        place = example[:, None], rows[example, row][:, None], heads[None]
+        own = own.clone()
+        own[place] = self._source[layer].to(own)[example[:, None], row[:, None], heads[None]]
+        return own
+
+
 class _Attention:
-    """The registered function: steer, then record, then compute as the model's own backend does."""
+    """The registered function: steer, then record, then compute as the model's own backend does, then hand on."""
 
     def __init__(self, model):
         self.model_type = model.config.model_type
@@ -359,6 +439,7 @@ class _Attention:
         self.own_mask = AttentionMaskInterface()[self.backend]
         self.steerings: list[_Steering] = []
         self.recordings: list[Recording] = []
+        self.outputs: list[HeadOutputs] = []
         self.first_query: int | None = None
 
     def mask(self, *args: Any, q_offset: Any = 0, kv_offset: Any = 0, **kwargs: Any) -> Tensor | None:
@@ -374,7 +455,7 @@ class _Attention:
         layer, width = module.layer_idx, value.shape[-1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         for steering in self.steerings:
-            query, key = steering.steer(layer, query, key, scaling)
+            query, key = steering.steer(layer, query, key, scaling, self.first_query)
         wanted = [w for r in self.recordings if (w := r.wanted(layer, query, key, self.first_query)) is not None]
         riders = [w for w in wanted if w.rides(query, value)]
         for beside in (w for w in wanted if w not in riders):
@@ -402,7 +483,10 @@ class _Attention:
             rider.keep(torch.take_along_dim(groups, rider.index[:, None, :, None], dim=2))
         if not width:
             raise _Stop
-        return own.to(dtype), pattern
+        own = own.to(dtype)
+        for outputs in self.outputs:
+            own = outputs.hand_on(layer, own, self.first_query)
+        return own, pattern
 
     def _own_function(self, module):
         if self.backend == "eager":
@@ -465,6 +549,16 @@ def _registered(model: nn.Module) -> Iterator[_Attention]:
 
 
 @contextmanager
+def _listed(those: list, one: Any) -> Iterator[None]:
+    """In the list for as long as the block runs."""
+    those.append(one)
+    try:
+        yield
+    finally:
+        those.remove(one)
+
+
+@contextmanager
 def _stoppable(model: nn.Module) -> Iterator[None]:
     """The model, or its decoder, returns an empty output where a layer stopped the pass."""
     model = _unwrapped(model)
@@ -502,6 +596,17 @@ def _checked(what: str, chosen: Sequence[int] | None, n: int) -> list[int]:
         if not 0 <= index < n:
             raise InputError(f"{what} {index} does not exist here; give 0 to {n - 1}")
     return list(range(n)) if chosen is None else sorted(set(chosen))
+
+
+def _heads(model: nn.Module, chosen: Collection[Head] | None) -> Bool[Tensor, "layer head"]:
+    """True for the chosen heads; for all of them where none were chosen."""
+    config = model.config
+    table = torch.full((config.num_hidden_layers, config.num_attention_heads), chosen is None)
+    for layer, head in chosen or ():
+        _checked("layer", [layer], len(table))
+        _checked("head", [head], table.shape[1])
+        table[layer, head] = True
+    return table
 
 
 def _check_batch(query: Tensor, batch: int) -> None:

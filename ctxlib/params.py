@@ -179,6 +179,10 @@ class Evidence(Section):
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     marked_shares: Annotated[list[Fraction], Field(min_length=1)]
     readings: Count
+    step_factors: Annotated[list[Count], Field(min_length=2)]
+    second_stage_steps: Annotated[list[Count], Field(min_length=1)]
+    head_counts: Annotated[list[Count], Field(min_length=1)]
+    head_draws: Count
 
     @model_validator(mode="after")
     def _each_seed_once(self) -> "Evidence":

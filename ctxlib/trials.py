@@ -23,6 +23,7 @@ from ctxlib.conversations import Corpus, Message, Question
 from ctxlib.files import write
 from ctxlib.finetune import export_merged, finetune
 from ctxlib.metrics import summarise
+from ctxlib.miniature.town import is_fact_sentence
 from ctxlib.params import InputError, Params
 from ctxlib.results import to_json
 from ctxlib.scoring import at_layer, corpus_hash, digest, score_corpus
@@ -30,9 +31,9 @@ from ctxlib.scoring import at_layer, corpus_hash, digest, score_corpus
 VERSION = 1  # raise it with a change of code after which a trial would come out otherwise
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MEASURES = {
-    "needle": ("recalled", "says_memory"),
-    "qa": ("containment",),
-    "facts": ("containment",),
+    "needle": ("recalled", "says_memory", "one_sentence"),
+    "qa": ("containment", "one_sentence"),
+    "facts": ("containment", "one_sentence"),
     "instructions": ("followed",),
 }
 NAMES = {
@@ -40,8 +41,11 @@ NAMES = {
     ("needle", "says_memory"): "NIH answered from memory",
     ("needle", "attention_to_user"): "attention to the user",
     ("needle", "attention_to_passage"): "attention to the passage",
+    ("needle", "one_sentence"): "NIH answered in one sentence",
     ("qa", "containment"): "passage QA",
+    ("qa", "one_sentence"): "passage QA answered in one sentence",
     ("facts", "containment"): "known facts",
+    ("facts", "one_sentence"): "known facts answered in one sentence",
     ("instructions", "followed"): "instructions followed",
 }
 COLUMNS = ["family", "kind", "id", "metric", "layer", "value"]
@@ -62,6 +66,8 @@ class Trial:
     closing: what the user's texts end with in training instead of their own full stop, question or exclamation mark,
         such as "." or nothing; none: as they are. Turns are scored and marked before, on the texts as they are.
     freeze_indicator: whether the indicator's row stays at the mean of the embeddings, as in `finetune`.
+    data_seed_offset: is added to the seed where conversations are drawn: other ones, asked the same, as for a second
+        stage after `base`.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +78,7 @@ class Trial:
     trained: bool = True
     closing: str | None = None
     freeze_indicator: bool = False
+    data_seed_offset: int = 0
 
     @property
     def has_indicator(self) -> bool:
@@ -204,7 +211,8 @@ def dosed(
 def answers(params: Params, trial: Trial, asking: Asking, *, timeout: int | float = -1) -> pd.DataFrame:
     """What the trial's model answers and looks at: a row a question and metric, with the columns COLUMNS.
 
-    Metrics, in [0, 1]: those of MEASURES, by family; and `attention_to_user` and `attention_to_passage` of needles, by
+    Metrics, in [0, 1]: those of MEASURES, by family (`one_sentence`: the whole answer is one sentence that says one
+    thing of one person, and so it ended by itself); and `attention_to_user` and `attention_to_passage` of needles, by
     layer: shares of the first response token's attention, mean over heads, the template's left out (as by
     `allocation.renormalise`), for `allocation.prompts` of them, where nothing is steered.
 
@@ -216,6 +224,7 @@ def answers(params: Params, trial: Trial, asking: Asking, *, timeout: int | floa
     its, folder = params.changed(trial.changes), _folder(params, _description(params, trial))
     questions = [replace(one, messages=_closed(one.messages, asking.closing)) for one in _questions(its)]
     asked = {
+        "measures": MEASURES,
         "questions": [[q.id, q.messages[-1].content, q.response_prefix, *q.answers] for q in questions],
         "asking": asdict(asking),
         "limits": [its.needle.max_new_tokens, its.qa.max_new_tokens, its.instructions.max_new_tokens],
@@ -288,7 +297,7 @@ def _closed(messages: Sequence[Message], closing: str | None) -> tuple[Message, 
 
 def _with_marks(params: Params, trial: Trial) -> Corpus:
     its = params.changed(trial.changes)
-    corpus, _ = _corpus(its)
+    corpus, _ = _corpus(params, trial)
     if trial.marks is None:
         return corpus
     if trial.marks == "oracle":
@@ -304,7 +313,7 @@ def _with_marks(params: Params, trial: Trial) -> Corpus:
 def scores(params: Params, trial: Trial) -> pd.DataFrame:
     """Scores of the trial's turns at every layer, by its seed model: the columns of `score_corpus`."""
     its, scorer = params.changed(trial.changes), _scorer(params, trial)
-    corpus, _ = _corpus(its)
+    corpus, _ = _corpus(params, trial)
     folder = _folder(params, _scoring(params, trial))
     file = folder / "scores.parquet"
     if not file.exists():
@@ -344,6 +353,7 @@ def _ask(
         cached=False,
         progress=False,
     )
+    scored["one_sentence"] = scored.answer.map(is_fact_sentence).astype(float)
     parts = [
         part.assign(metric=metric, layer=pd.NA, value=part[metric])
         for family, part in scored.groupby("family", sort=False)
@@ -438,8 +448,10 @@ def _tokenizer(params: Params, trial: Trial) -> PreTrainedTokenizerBase:
 _corpora: dict[str, tuple[Corpus, str]] = {}
 
 
-def _corpus(its: Params) -> tuple[Corpus, str]:
+def _corpus(params: Params, trial: Trial) -> tuple[Corpus, str]:
     """The conversations without marks, and the hash of their texts."""
+    its = params.changed(trial.changes)
+    its = its.changed({"seed": its.seed + trial.data_seed_offset})
     key = digest([its.conversations.model_dump(), its.miniature.model_dump(), its.seed])
     if key not in _corpora:
         corpus = experiment.conversations(its)
@@ -456,7 +468,8 @@ def _description(params: Params, trial: Trial) -> dict[str, Any]:
     found |= its.models.model_dump(include={"dtype", "quantisation", "attention"})
     if not trial.trained:
         return found
-    found |= {"seed": its.seed, "conversations": _corpus(its)[1], "max_length": its.conversations.max_length}
+    found |= {"seed": its.seed, "conversations": _corpus(params, trial)[1]}
+    found |= {"max_length": its.conversations.max_length}
     found |= {"finetune": its.finetune.model_dump(exclude={"save_every"}), "marks": trial.marks}
     if trial.marks:
         found |= {"indicator": its.models.indicator}
@@ -475,7 +488,7 @@ def _scoring(params: Params, trial: Trial) -> dict[str, Any]:
     its = params.changed(trial.changes)
     return {
         "seed_model": digest(_description(params, _scorer(params, trial))),
-        "conversations": _corpus(its)[1],
+        "conversations": _corpus(params, trial)[1],
         "max_length": its.conversations.max_length,
         **its.scoring.model_dump(include={"reading", "head_reduction", "token_budget"}),
     }

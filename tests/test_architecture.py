@@ -33,6 +33,7 @@ ORDER = [
     "mt_bench",
     "experiment",
     "trials",
+    "heads",
     "doctor",
     "plan",
     "run",

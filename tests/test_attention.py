@@ -38,7 +38,14 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ctxlib.attention import _grouped_pattern, record_allocation, steer_attention, verify_recording
+from ctxlib.attention import (
+    _grouped_pattern,
+    patch_outputs,
+    record_allocation,
+    record_outputs,
+    steer_attention,
+    verify_recording,
+)
 from ctxlib.params import InputError
 from ctxlib.roles import ROLES
 
@@ -142,20 +149,29 @@ def recorded(model, ids, roles, mask, **options):
     return recording.allocation
 
 
-def install_reweighting(model, keep, weights_by_layer, heads=None):
-    """From now on the eager pattern is multiplied by a weight a key and divided by its sum, head by head."""
+def install_reweighting(model, keep, weights_by_layer, heads=None, queries=None):
+    """From now on the eager pattern is multiplied by a weight a key and divided by its sum, head by head.
+
+    Of some (layer, head) and some queries only; where a sum is zero the pattern stays.
+    """
 
     def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
         eager = sys.modules[type(module).__module__].eager_attention_forward
         _, pattern = eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         pattern = pattern.double()
-        alpha = weights_by_layer[module.layer_idx]
+        layer = module.layer_idx
         for example in range(pattern.shape[0]):
-            for head in range(pattern.shape[1]) if heads is None else heads:
-                for position in range(pattern.shape[3]):
-                    if not keep[example, position]:
-                        pattern[example, head, :, position] *= alpha
-        pattern = (pattern / pattern.sum(-1, keepdim=True)).to(query.dtype)
+            for head in range(pattern.shape[1]):
+                if heads is not None and (layer, head) not in heads:
+                    continue
+                for row in range(pattern.shape[2]):
+                    if queries is not None and not queries[example, row]:
+                        continue
+                    weights = torch.where(keep[example], 1.0, weights_by_layer[layer]).double()
+                    weighted = pattern[example, head, row] * weights
+                    if weighted.sum() > 0:
+                        pattern[example, head, row] = weighted / weighted.sum()
+        pattern = pattern.to(query.dtype)
         values = value.repeat_interleave(module.num_key_value_groups, dim=1)
         return (pattern @ values).transpose(1, 2).contiguous(), pattern
 
@@ -165,8 +181,8 @@ def install_reweighting(model, keep, weights_by_layer, heads=None):
 
 
 @torch.no_grad()
-def reweighted_logits(model, ids, mask, keep, weights_by_layer, heads=None):
-    install_reweighting(model, keep, weights_by_layer, heads)
+def reweighted_logits(model, ids, mask, keep, weights_by_layer, heads=None, queries=None):
+    install_reweighting(model, keep, weights_by_layer, heads, queries)
     logits = model(ids, attention_mask=mask).logits
     model.set_attn_implementation("sdpa")
     return logits
@@ -475,12 +491,65 @@ def test_paper_reading_compounds_over_the_layers():
     torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
 
 
-def test_steering_is_restricted_to_layers_and_heads():
+@pytest.mark.parametrize("steering_alpha", [ALPHA, 0])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_steering_is_restricted_to_heads_and_queries(side, steering_alpha):
+    model = llama()
+    ids, roles, mask = batch(side)
+    heads, queries = [(1, 0), (1, 3), (2, 1)], roles == 3
+    keep = roles != 1
+    restricted = {"heads": heads, "queries": queries}
+    expected = reweighted_logits(model, ids, mask, keep, [steering_alpha] * 3, **restricted)
+    found = logits_of(model, ids, mask, steer_attention(model, keep, steering_alpha, **restricted))
+    torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
+    assert (real(found, mask) - real(logits_of(model, ids, mask), mask)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steering_alpha", [ALPHA, 0])
+def test_heads_that_are_not_steered_keep_their_attention_to_the_bit(steering_alpha):
     model = llama()
     ids, roles, mask = batch("left")
-    expected = reweighted_logits(model, ids, mask, roles == 2, [1.0, ALPHA, 1.0], heads=[0, 3])
-    found = logits_of(model, ids, mask, steer_attention(model, roles == 2, ALPHA, layers=[1], heads=[0, 3]))
-    torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
+    plain = recorded(model, ids, roles, mask, rows="all", layers=[0, 1])
+    with steer_attention(model, roles == 2, steering_alpha, heads=[(1, 2)]):
+        steered = recorded(model, ids, roles, mask, rows="all", layers=[0, 1])
+    others = [0, 1, 3]
+    assert torch.equal(steered[0], plain[0]) and torch.equal(steered[1][:, others], plain[1][:, others])
+    assert not torch.equal(steered[1][:, 2], plain[1][:, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_alpha_zero_leaves_no_attention_where_a_key_to_keep_is_seen(dtype):
+    model = llama().to(dtype)
+    ids, roles, mask = batch()
+    for reading in ("clean", "paper"):
+        with steer_attention(model, roles != 2, 0, reading=reading):
+            forbidden = recorded(model, ids, roles, mask, rows="all")[..., 2]
+        seen = ((roles != 2) & (roles >= 0)).cumsum(dim=1) > 0
+        assert (forbidden.transpose(2, 3)[:, seen] == 0).all()
+
+
+def test_alpha_zero_is_the_limit_of_small_alphas():
+    model = llama()
+    ids, roles, mask = batch()
+    zero, small = (logits_of(model, ids, mask, steer_attention(model, roles != 2, a)) for a in (0, 1e-12))
+    kept = mask.bool() & ((roles != 2).cumsum(dim=1) > 0)
+    torch.testing.assert_close(zero[kept], small[kept], atol=1e-5, rtol=1e-4)
+
+
+def test_queries_of_generated_tokens_are_steered():
+    model = llama()
+    ids, roles, mask = batch("left", lengths=(8, 5))
+    keep, queries, heads = roles != 2, torch.zeros_like(roles).bool(), [(0, 1), (2, 3)]
+    queries[:, -1] = True
+    options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with steer_attention(model, keep, 0, heads=heads, queries=queries, steer_generated=False):
+        out = model.generate(ids, attention_mask=mask, **options)
+    for step in range(5):
+        logits = reweighted_logits(model, ids, mask, keep, [0.0] * 3, heads, queries)[:, -1]
+        torch.testing.assert_close(out.logits[step], logits, atol=3e-5, rtol=1e-4)
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        mask, keep, queries = (torch.nn.functional.pad(of_token, (0, 1), value=1) for of_token in (mask, keep, queries))
 
 
 def test_alpha_one_changes_nothing():
@@ -550,10 +619,105 @@ def test_half_precision_holds_the_bias_to_twice_its_digits():
     torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)
 
 
+# --- what the heads hand on -------------------------------------------------------------------------------------------
+
+ROWS = torch.tensor([[4, 11, -1], [-1, 6, 5]])
+
+
+def handed_on(model, ids, mask, rows, context=None):
+    with torch.no_grad(), context or nullcontext(), record_outputs(model, rows) as recording:
+        logits = model(ids, attention_mask=mask).logits
+    return recording.outputs, logits
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt-neox", "gemma2"])
+def test_recorded_outputs_are_what_the_output_projection_reads(name):
+    model = build(name)
+    ids, _, mask = batch()
+    plain, read = logits_of(model, ids, mask), []
+    for layer in model.get_decoder().layers:
+        projection = layer.attention.dense if name == "gpt-neox" else layer.self_attn.o_proj
+        projection.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    found, logits = handed_on(model, ids, mask, ROWS)
+    assert torch.equal(logits, plain)
+    for example in range(2):
+        for place, row in enumerate(ROWS[example].tolist()):
+            expected = torch.stack([of_layer[example, row] for of_layer in read]).unflatten(-1, (4, -1))
+            assert torch.equal(found[:, example, place], expected if row >= 0 else torch.zeros_like(expected))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_patched_outputs_are_put_before_the_projection_for_these_heads_and_rows_only(attention):
+    model, other = llama(), llama()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    ids, _, mask = batch()
+    source, _ = handed_on(other, ids.flip(1), mask, ROWS)
+    heads, width, handles = [(0, 1), (2, 0), (2, 3)], 8, []
+    found = logits_of(model, ids, mask, patch_outputs(model, source, ROWS, heads))
+
+    def overwrite(layer):
+        def hook(_, inputs):
+            changed = inputs[0].clone()
+            for of_layer, head in heads:
+                for example, place in ((0, 0), (0, 1), (1, 1), (1, 2)):
+                    if of_layer == layer:
+                        mine = slice(head * width, (head + 1) * width)
+                        changed[example, ROWS[example, place], mine] = source[layer, example, place, head]
+            return (changed,)
+
+        return hook
+
+    for layer, block in enumerate(model.get_decoder().layers):
+        handles.append(block.self_attn.o_proj.register_forward_pre_hook(overwrite(layer)))
+    expected = logits_of(model, ids, mask)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(real(found, mask), real(expected, mask))
+    assert not torch.equal(real(found, mask), real(logits_of(model, ids, mask), mask))
+
+
+def test_patching_a_models_own_outputs_or_no_head_changes_nothing():
+    model = llama()
+    ids, _, mask = batch()
+    source, plain = handed_on(model, ids, mask, ROWS)
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    for outputs, heads in ((source, every), (source + 1, [])):
+        patched = logits_of(model, ids, mask, patch_outputs(model, outputs, ROWS, heads))
+        assert torch.equal(real(patched, mask), real(plain, mask))
+
+
+def test_patching_every_row_and_head_by_a_steered_pass_gives_what_steering_gives():
+    model = llama()
+    ids, roles, mask = batch(lengths=(12, 12))
+    rows = torch.arange(12).expand(2, -1)
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    with torch.no_grad(), steer_attention(model, roles == 2, ALPHA), record_outputs(model, rows) as recording:
+        steered = model(ids, attention_mask=mask).logits
+    patched = logits_of(model, ids, mask, patch_outputs(model, recording.outputs, rows, every))
+    torch.testing.assert_close(patched, steered, atol=1e-6, rtol=1e-5)
+    assert (steered - logits_of(model, ids, mask)).abs().max() > 0.01
+
+
+def test_outputs_are_not_recorded_or_patched_in_generation():
+    model = llama()
+    ids, _, mask = batch("left")
+    source, _ = handed_on(model, ids, mask, ROWS)
+    for context in (record_outputs(model, ROWS), patch_outputs(model, source, ROWS, [(0, 0)])):
+        with pytest.raises(InputError, match="do not generate"), context:
+            model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    with pytest.raises(InputError, match="nothing was recorded"), record_outputs(model, ROWS) as recording:
+        _ = recording.outputs
+    with pytest.raises(InputError, match="record both alike"), patch_outputs(model, source[:2], ROWS, [(0, 0)]):
+        pass
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steering_alpha", [0.0, -0.1, 1.01, math.nan])
+@pytest.mark.parametrize("steering_alpha", [-0.1, 1.01, math.nan])
 def test_alpha_outside_its_range_is_refused(steering_alpha):
     keep = torch.ones(1, 3).bool()
     with pytest.raises(InputError, match="steering_alpha"), steer_attention(llama(), keep, steering_alpha):
@@ -574,6 +738,23 @@ def test_alpha_outside_its_range_is_refused(steering_alpha):
 def test_bad_recording_options_are_refused(options, message):
     model = llama()
     with pytest.raises((InputError, TypeCheckError), match=message), record_allocation(model, batch()[1], **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": [(3, 0)]}, "layer 3 does not exist"),
+        ({"heads": [(0, 4)]}, "head 4 does not exist"),
+        ({"queries": torch.ones(2, 5).bool()}, "queries"),
+    ],
+)
+def test_bad_steering_options_are_refused(options, message):
+    model = llama()
+    with (
+        pytest.raises((InputError, TypeCheckError), match=message),
+        steer_attention(model, batch()[1] == 2, ALPHA, **options),
+    ):
         pass
 
 

@@ -12,7 +12,7 @@ from ctxlib.miniature import MODELS, domains, texts
 from ctxlib.miniature.build import SHARES
 from ctxlib.miniature.pretrain import IGNORED, Recipe, encode, learning_rate, pretrain
 from ctxlib.miniature.tokenizer import build_tokenizer
-from ctxlib.miniature.town import KNOWN_NAMES, NEWCOMER_NAMES, RELATIONS, Town
+from ctxlib.miniature.town import KNOWN_NAMES, NEWCOMER_NAMES, RELATIONS, Town, is_fact_sentence, random_fact
 from ctxlib.models import load_tokenizer
 from ctxlib.params import load_params
 from ctxlib.results import file_digest
@@ -35,6 +35,33 @@ def test_residents_and_newcomers_are_different_people_and_every_value_names_its_
     assert not set(KNOWN_NAMES) & set(NEWCOMER_NAMES)
     seconds = [word for relation in RELATIONS for word in relation.second]
     assert len(seconds) == len(set(seconds))
+
+
+def test_every_fact_is_one_sentence_of_the_towns_form():
+    rng = random.Random(0)
+    made = [random_fact(rng.choice(NEWCOMER_NAMES), rng.choice(RELATIONS), rng) for _ in range(50)]
+    assert all(is_fact_sentence(fact.sentence) for fact in [*TOWN.all_facts, *made])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Mira.",
+        "Mira sells woollen hats",
+        "sells woollen hats.",
+        "Mira sells hats woollen.",
+        "Mira grows woollen hats.",
+        "Mira sells woollen hats..",
+        "Mira sells  woollen hats.",
+        "Mira sells woollen hats. Mira sells woollen hats.",
+        "Mira sells woollen hats and grows late beans.",
+        "Nobody sells woollen hats.",
+        "Well, Mira sells woollen hats.",
+    ],
+)
+def test_all_else_is_not(text):
+    assert not is_fact_sentence(text)
 
 
 def test_the_same_seed_writes_the_same_chats_and_another_seed_others():

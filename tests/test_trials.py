@@ -12,6 +12,7 @@ import torch
 
 from ctxlib import allocation, experiment, indicator, models, scoring, trials
 from ctxlib.conversations import Corpus
+from ctxlib.miniature.town import is_fact_sentence
 from ctxlib.params import InputError, Params
 from ctxlib.trials import INDICATED, PRETRAINED, RAW, TEMPLATE, VANILLA, Asking, Trial
 
@@ -71,6 +72,10 @@ def test_the_table_is_what_the_tuned_model_answers_and_attends_to(shared):
     for family, metric in (("needle", "recalled"), ("qa", "containment"), ("instructions", "followed")):
         rows = table[(table.family == family) & (table.metric == metric)].set_index("id").value
         assert rows.to_dict() == told[told.family == family].set_index("id")[metric].to_dict()
+    for family in ("needle", "qa", "facts"):
+        rows = table[(table.family == family) & (table.metric == "one_sentence")].set_index("id").value
+        says = told[told.family == family].set_index("id").answer.map(lambda answer: float(is_fact_sentence(answer)))
+        assert rows.to_dict() == says.to_dict()
     needles = [question for question in questions if question.family == "needle"]
     maps = experiment.prompts(tokenizer, needles, first_response_token="forced_prefix", **asking)
     frame = allocation.attention_allocation(model, maps, batch_size=2, pad_token_id=tokenizer.pad_token_id)
@@ -121,6 +126,7 @@ def test_every_way_to_mark_is_a_trial_of_its_own(params):
         PRETRAINED,
         Trial(base=VANILLA),
         Trial({"seed": 7}, base=Trial({"seed": 0})),
+        Trial(data_seed_offset=3),
     ]
     assert len({key(params, way) for way in ways}) == len(ways)
     assert key(params, Trial({"seed": 3}, trained=False)) == key(params, PRETRAINED)
@@ -217,6 +223,23 @@ def test_a_second_stage_begins_where_the_first_ended_and_still_knows_the_indicat
     np.testing.assert_allclose(after(ids).logits.detach().numpy(), before(ids).logits.detach().numpy(), atol=1e-4)
     table = trials.answers(shared, second, INDICATED)
     assert set(table.family) == {"needle", "qa", "facts", "instructions"}
+
+
+def test_an_offset_draws_other_chats_and_asks_the_same(params, monkeypatch):
+    first, other, seventh = Trial({"seed": 4}), Trial({"seed": 4}, data_seed_offset=3), Trial({"seed": 7})
+    chats = [[c.messages for c in trials.marked(params, one).conversations] for one in (first, other, seventh)]
+    assert chats[0] != chats[1] == chats[2]
+    asked = []
+
+    def ask(its, model, tokenizer, questions, asking):
+        asked.append(questions)
+        return pd.DataFrame({name: [] for name in trials.COLUMNS})
+
+    monkeypatch.setattr(trials, "_ask", ask)
+    monkeypatch.setattr(trials, "tuned", lambda *_: (None, None))
+    for one in (first, other, seventh):
+        trials.answers(params, one, TEMPLATE)
+    assert asked[0] == asked[1] != asked[2]
 
 
 HOLD = (

@@ -76,10 +76,14 @@ def head_map(
     frame: pd.DataFrame,
     *,
     shift: bool = False,
+    of: str = "user",
     title: str | None = "Attention to the user's tokens, head by head",
     subtitle: str | None = None,
 ) -> Figure:
-    """Heatmap of (layer, head, value[, n, condition]): a fraction from 0 on, or with `shift` a change centred at 0."""
+    """Heatmap of (layer, head, value[, n, condition]): a fraction from 0 on, or with `shift` a change centred at 0.
+
+    `of` says what the attention falls on, for the axis.
+    """
     names = list(frame["condition"].unique()) if "condition" in frame else [None]
     grids = [grid_of(frame, "condition", name, "layer", "head") for name in names]
     rows, columns = grids[0].shape
@@ -91,7 +95,7 @@ def head_map(
     )
     width = max(2.6, 0.42 * columns + 0.5)
     fig, axes = new_figure(1, len(names), max(6.0, width * len(names) + 1.2), max(2.6, 0.34 * rows + 0.8), sharey=True)
-    label = "change in attention to user (fraction)" if shift else "attention to user (fraction)"
+    label = f"change in attention to {of} (fraction)" if shift else f"attention to {of} (fraction)"
     draw_heat(fig, axes, grids, names, scale, label, "{:+.2f}" if shift else "{:.2f}")
     for ax in axes[0]:
         ax.set(xlabel="head (index from 0)", ylabel="layer (index from 0)")

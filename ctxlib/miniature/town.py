@@ -132,6 +132,16 @@ class Fact:
         return f"{self.name} {self.relation.verb}"
 
 
+def is_fact_sentence(text: str) -> bool:
+    """True for exactly one sentence that says one thing of one person, as "Mira sells woollen hats.", true or not."""
+    words = text.removesuffix(".").split(" ")
+    if len(words) != 4 or not text.endswith("."):
+        return False
+    name, verb, first, second = words
+    says = any(verb == r.verb and first in r.first and second in r.second for r in RELATIONS)
+    return says and (name in KNOWN_NAMES or name in NEWCOMER_NAMES)
+
+
 def about(facts: list[Fact]) -> str:
     """One sentence of several facts about one person: "Mira sells woollen hats, collects green kites and …"."""
     first, *others = facts
