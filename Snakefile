@@ -22,6 +22,8 @@ EVIDENCE = {
     "06_dose_response": [],
     "07_seeds": [],
     "08_threshold": [],
+    "11_size": [],
+    "12_generalisation": [],
 }
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")

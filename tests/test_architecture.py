@@ -33,6 +33,7 @@ ORDER = [
     "mt_bench",
     "experiment",
     "trials",
+    "base_models",
     "doctor",
     "plan",
     "run",

@@ -64,7 +64,7 @@ def test_the_table_is_what_the_tuned_model_answers_and_attends_to(shared):
     table = trials.answers(shared, trial, INDICATED)
     its = shared.changed({"seed": 1})
     model, tokenizer = trials.tuned(shared, trial)
-    questions = trials._questions(its)
+    questions = trials._questions(its, INDICATED)
     asking = {"template": True, "indicator": its.models.indicator}
     told = experiment.ask(its, model, tokenizer, questions, condition="", model_key="", cached=False, **asking)
     for family, metric in (("needle", "recalled"), ("qa", "containment"), ("instructions", "followed")):
