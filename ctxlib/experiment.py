@@ -178,11 +178,16 @@ def ask(
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
-    `recalled` is 1 where a question's keywords are all said; `followed` where an instruction's one right answer is given
-    or all its rules are followed to the letter. If `cached`, answers are kept under the experiment's `work` folder. Of
-    a haystack of texts, what the cells have in common is read once.
+    `recalled` is 1 where all of a question's keywords are said; `followed` where an instruction's one right answer is
+    given or all its rules are followed to the letter. If `cached`, answers are kept under the experiment's `work`
+    folder. Of a haystack of texts, what the cells have in common is read once.
     """
-    limits: dict[str, Any] = {"needle": params.needle, "qa": params.qa, "facts": params.qa, "instructions": params.instructions}
+    limits: dict[str, Any] = {
+        "needle": params.needle,
+        "qa": params.qa,
+        "facts": params.qa,
+        "instructions": params.instructions,
+    }
     limits |= dict.fromkeys(DOMAINS, params.qa)
     readings = {"needle": params.needle.reading, "qa": params.qa.reading}
     parts = []
