@@ -24,6 +24,8 @@ EVIDENCE = {
     "08_threshold": [],
     "09_layer_head_reading": [],
     "10_seed_model": [],
+    "11_size": [],
+    "12_generalisation": [],
     "13_lasting_effect": [],
     "14_cause": [],
 }

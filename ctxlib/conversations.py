@@ -91,7 +91,7 @@ class Question:
     """
 
     id: str
-    family: str  # needle, qa, facts, instructions, mt_bench
+    family: str  # needle, qa, facts, instructions, mt_bench, code, arithmetic
     kind: str
     messages: tuple[Message, ...]
     response_prefix: str = ""

@@ -20,6 +20,7 @@ from ctxlib.generate import COLUMNS, answer_questions, question_prompt
 from ctxlib.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
+from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import Town
 from ctxlib.params import FirstResponseToken, InputError, Params, is_hub_id, load_params
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
@@ -148,6 +149,12 @@ def fact_questions(params: Params) -> list[Question]:
     return texts.known_fact_questions(home, params.facts.n, params.seed) if home else []
 
 
+def domain_questions(params: Params) -> list[Question]:
+    """Questions of the town's domains that no chat holds, `qa.n` of each, with the context that answers them."""
+    home = town(params)
+    return [q for name in DOMAINS for q in texts.domain_questions(home, name, params.qa.n, params.seed)] if home else []
+
+
 def instruction_questions(params: Params) -> list[Question]:
     """Word tasks with one right answer in the town, whose models know few words; elsewhere verifiable instructions."""
     home, n = town(params), params.instructions.n
@@ -171,11 +178,17 @@ def ask(
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
-    `recalled` is 1 where a needle's keywords are all said; `followed` where an instruction's one right answer is given
-    or all its rules are followed to the letter. If `cached`, answers are kept under the experiment's `work` folder. Of
-    a haystack of texts, what the cells have in common is read once.
+    `recalled` is 1 where all of a question's keywords are said; `followed` where an instruction's one right answer is
+    given or all its rules are followed to the letter. If `cached`, answers are kept under the experiment's `work`
+    folder. Of a haystack of texts, what the cells have in common is read once.
     """
-    limits = {"needle": params.needle, "qa": params.qa, "facts": params.qa, "instructions": params.instructions}
+    limits: dict[str, Any] = {
+        "needle": params.needle,
+        "qa": params.qa,
+        "facts": params.qa,
+        "instructions": params.instructions,
+    }
+    limits |= dict.fromkeys(DOMAINS, params.qa)
     readings = {"needle": params.needle.reading, "qa": params.qa.reading}
     parts = []
     for family in dict.fromkeys(question.family for question in questions):

@@ -183,10 +183,13 @@ class Evidence(Section):
     second_stage_steps: Annotated[list[Count], Field(min_length=1)]
     head_counts: Annotated[list[Count], Field(min_length=1)]
     head_draws: Count
+    widths: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=2)]
+    pretraining_seeds: Annotated[list[Seed], Field(min_length=2)]
+    pretraining_steps: Count
 
     @model_validator(mode="after")
     def _each_seed_once(self) -> "Evidence":
-        for name in ("seeds", "ablation_seeds"):
+        for name in ("seeds", "ablation_seeds", "pretraining_seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must differ from one another: a seed that is named twice is no second run")
         return self

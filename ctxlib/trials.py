@@ -23,6 +23,7 @@ from ctxlib.conversations import Corpus, Message, Question
 from ctxlib.files import write
 from ctxlib.finetune import export_merged, finetune
 from ctxlib.metrics import summarise
+from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import is_fact_sentence
 from ctxlib.params import InputError, Params
 from ctxlib.results import to_json
@@ -35,6 +36,8 @@ MEASURES = {
     "qa": ("containment", "one_sentence"),
     "facts": ("containment", "one_sentence"),
     "instructions": ("followed",),
+    "code": ("recalled", "says_memory"),
+    "arithmetic": ("recalled",),
 }
 NAMES = {
     ("needle", "recalled"): "NIH recall",
@@ -47,7 +50,15 @@ NAMES = {
     ("facts", "containment"): "known facts",
     ("facts", "one_sentence"): "known facts answered in one sentence",
     ("instructions", "followed"): "instructions followed",
+    ("code", "recalled"): "code recall",
+    ("code", "says_memory"): "code answered from memory",
+    ("code", "attention_to_user"): "code: attention to the user",
+    ("code", "attention_to_passage"): "code: attention to the passage",
+    ("arithmetic", "recalled"): "arithmetic recall",
+    ("arithmetic", "attention_to_user"): "arithmetic: attention to the user",
+    ("arithmetic", "attention_to_passage"): "arithmetic: attention to the passage",
 }
+LOOKED_AT = ("needle", *DOMAINS)  # families whose attention is recorded
 COLUMNS = ["family", "kind", "id", "metric", "layer", "value"]
 Marks = Literal["score", "oracle", "random"]
 
@@ -90,12 +101,14 @@ class Asking:
     """How a model is asked: in the chat template or in raw text, with the indicator behind the question, steered.
 
     closing: what questions end with instead of their own mark, as in `Trial`.
+    questions: those of the `town`, which fine-tuning is about, or of the `domains` that no chat holds.
     """
 
     template: bool = True
     indicator: bool = False
     steering_alpha: float | None = None
     closing: str | None = None
+    questions: Literal["town", "domains"] = "town"
 
 
 VANILLA, PRETRAINED = Trial(), Trial(trained=False)
@@ -189,7 +202,7 @@ def scored_turns(params: Params, trials: Mapping[str, Trial], seeds: Sequence[in
     for seed in seeds:
         for name, trial in trials.items():
             its = _at_seed(trial, seed)
-            known = indicator.turn_table(_corpus(params.changed(its.changes))[0]).drop(columns="score")
+            known = indicator.turn_table(_corpus(params, its)[0]).drop(columns="score")
             found = scores(params, its).merge(known, on=["conversation", "turn"])
             parts.append(found.assign(condition=name, seed=seed))
     columns = ["condition", "seed", "layer", "conversation", "turn", "kind", "depends_on_context", "score"]
@@ -212,9 +225,9 @@ def answers(params: Params, trial: Trial, asking: Asking, *, timeout: int | floa
     """What the trial's model answers and looks at: a row a question and metric, with the columns COLUMNS.
 
     Metrics, in [0, 1]: those of MEASURES, by family (`one_sentence`: the whole answer is one sentence that says one
-    thing of one person, and so it ended by itself); and `attention_to_user` and `attention_to_passage` of needles, by
-    layer: shares of the first response token's attention, mean over heads, the template's left out (as by
-    `allocation.renormalise`), for `allocation.prompts` of them, where nothing is steered.
+    thing of one person, and so it ended by itself); and `attention_to_user` and `attention_to_passage` of the families
+    LOOKED_AT, by layer: shares of the first response token's attention, mean over heads, the template's left out (as
+    by `allocation.renormalise`), for `allocation.prompts` questions of each, where nothing is steered.
 
     Raises InputError for an indicator that the model has not; filelock's Timeout when another process is at work on
     the same trial for longer than `timeout` seconds (-1: as long as it takes).
@@ -222,11 +235,11 @@ def answers(params: Params, trial: Trial, asking: Asking, *, timeout: int | floa
     if asking.indicator and not trial.has_indicator:
         raise InputError("a trial without marks has no indicator to be asked with; give it marks")
     its, folder = params.changed(trial.changes), _folder(params, _description(params, trial))
-    questions = [replace(one, messages=_closed(one.messages, asking.closing)) for one in _questions(its)]
+    questions = [replace(one, messages=_closed(one.messages, asking.closing)) for one in _questions(its, asking)]
     asked = {
         "measures": MEASURES,
         "questions": [[q.id, q.messages[-1].content, q.response_prefix, *q.answers] for q in questions],
-        "asking": asdict(asking),
+        "asking": {name: how for name, how in asdict(asking).items() if name != "questions"},  # they stand above
         "limits": [its.needle.max_new_tokens, its.qa.max_new_tokens, its.instructions.max_new_tokens],
         "batch_size": its.models.batch_size,
         "readings": [its.needle.reading, its.qa.reading, its.steering.reading],
@@ -360,8 +373,9 @@ def _ask(
         for metric in MEASURES[family]
     ]
     if asking.steering_alpha is None:
-        needles = [question for question in questions if question.family == "needle"]
-        parts.append(_attention(its, model, tokenizer, experiment.spread(needles, its.allocation.prompts), asking))
+        for family in dict.fromkeys(question.family for question in questions if question.family in LOOKED_AT):
+            asked = [question for question in questions if question.family == family]
+            parts.append(_attention(its, model, tokenizer, experiment.spread(asked, its.allocation.prompts), asking))
     frame = pd.concat([part[COLUMNS].astype({"layer": "Int64"}) for part in parts], ignore_index=True)
     return frame.dropna(subset="value").reset_index(drop=True)
 
@@ -370,19 +384,19 @@ def _attention(
     its: Params,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    needles: Sequence[Question],
+    questions: Sequence[Question],
     asking: Asking,
 ) -> pd.DataFrame:
     maps = experiment.prompts(
         tokenizer,
-        needles,
+        questions,
         template=asking.template,
         first_response_token=its.allocation.first_response_token,
         indicator=its.models.indicator if asking.indicator else None,
     )
     frame = allocation.attention_allocation(
         model,
-        [roles.question_apart(rendered, needle.messages) for rendered, needle in zip(maps, needles, strict=True)],
+        [roles.question_apart(rendered, question.messages) for rendered, question in zip(maps, questions, strict=True)],
         names=roles.PARTS,
         batch_size=its.models.batch_size,
         pad_token_id=tokenizer.pad_token_id,
@@ -394,11 +408,13 @@ def _attention(
         {"attention_to_user": shares.passage + shares.question, "attention_to_passage": shares.passage}
     )
     rows = by_metric.melt(var_name="metric", ignore_index=False).reset_index()
-    known = pd.DataFrame([(needle.family, needle.kind, needle.id) for needle in needles], columns=COLUMNS[:3])
+    known = pd.DataFrame([(question.family, question.kind, question.id) for question in questions], columns=COLUMNS[:3])
     return rows.merge(known, left_on="example", right_index=True)
 
 
-def _questions(its: Params) -> list[Question]:
+def _questions(its: Params, asking: Asking) -> list[Question]:
+    if asking.questions == "domains":
+        return experiment.domain_questions(its)
     return [
         *experiment.needles(its, experiment.tokenizer(its)),
         *experiment.passage_questions(its),

@@ -34,6 +34,7 @@ ORDER = [
     "experiment",
     "trials",
     "heads",
+    "base_models",
     "doctor",
     "plan",
     "run",

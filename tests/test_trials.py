@@ -1,5 +1,6 @@
 """A trial is what its parameters make of it, is computed once, and comes out as the rooms it is built from give it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -66,7 +67,7 @@ def test_the_table_is_what_the_tuned_model_answers_and_attends_to(shared):
     table = trials.answers(shared, trial, INDICATED)
     its = shared.changed({"seed": 1})
     model, tokenizer = trials.tuned(shared, trial)
-    questions = trials._questions(its)
+    questions = trials._questions(its, INDICATED)
     asking = {"template": True, "indicator": its.models.indicator}
     told = experiment.ask(its, model, tokenizer, questions, condition="", model_key="", cached=False, **asking)
     for family, metric in (("needle", "recalled"), ("qa", "containment"), ("instructions", "followed")):
@@ -86,6 +87,26 @@ def test_the_table_is_what_the_tuned_model_answers_and_attends_to(shared):
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     passage = table[table.metric == "attention_to_passage"].set_index(["id", "layer"]).value.sort_index()
     assert (passage < ours).all()
+
+
+def test_the_domains_are_asked_by_themselves_and_recall_is_what_the_text_holds(shared):
+    its = shared.changed({"qa.n": 8})
+    table = trials.answers(its, PRETRAINED, replace(RAW, questions="domains"))
+    assert set(table.family) == {"code", "arithmetic"}
+    model, tokenizer = trials.tuned(its, PRETRAINED)
+    questions = {question.id: question for question in experiment.domain_questions(its)}
+    how = {"condition": "", "model_key": "", "template": False, "cached": False, "progress": False}
+    told = experiment.ask(its, model, tokenizer, list(questions.values()), **how).set_index("id").answer
+    for row in table[table.metric == "recalled"].itertuples():
+        context, question = questions[row.id].messages[0].content.split("\n")
+        held = dict(re.findall(r"(\w+) [:=] (\d)", context))
+        asked = [word for word in question.split() if word in held]
+        assert row.value == (str(sum(int(held[word]) for word in asked)) in told[row.id].strip(".").split())
+    looked = table[table.layer.notna()].groupby(["family", "metric"])
+    assert (looked.layer.nunique() == model.config.num_hidden_layers).all() and len(looked) == 4
+    assert (looked.id.nunique() == its.allocation.prompts).all()
+    named = set(trials._named(table).metric)
+    assert {"code recall", "arithmetic: attention to the user, layer 3", "code answered from memory"} <= named
 
 
 @pytest.mark.parametrize(

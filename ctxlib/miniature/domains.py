@@ -8,6 +8,7 @@ values to add stand in the text alone.
 import random
 from dataclasses import dataclass
 
+DOMAINS = ("code", "arithmetic")
 FUNCTIONS = "price weight size rank age".split()
 ITEMS = "kite drum lamp coin button stamp shell bottle".split()
 VARIABLES = "x y z a b c".split()

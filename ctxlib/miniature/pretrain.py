@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ctxlib.files import replacing
+from ctxlib.files import replacing, write
 from ctxlib.miniature import texts
 from ctxlib.miniature.tokenizer import SPECIAL, build_tokenizer
 from ctxlib.miniature.town import Town
@@ -173,8 +173,11 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, max(left, 0.01))
 
 
-def pretrain(out_dir: Path, recipe: Recipe, checkpoint_every: int = 100) -> None:
-    """Train the base model into `out_dir`; killed and started again it goes on from its last checkpoint."""
+def pretrain(out_dir: Path, recipe: Recipe, checkpoint_every: int = 100, *, progress: bool = True) -> None:
+    """Train the base model into `out_dir`; killed and started again it goes on from its last checkpoint.
+
+    `training.json` is written last: recipe, seconds, tokens and the log, where `level` counts the lessons passed.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, town = build_tokenizer(), Town()
     model = build_model(recipe, tokenizer)
@@ -191,7 +194,7 @@ def pretrain(out_dir: Path, recipe: Recipe, checkpoint_every: int = 100) -> None
             )
             log = json.loads(state["log"])
     saved = step
-    bar = tqdm(total=recipe.total_steps, initial=step, desc="pretraining", mininterval=10)
+    bar = tqdm(total=recipe.total_steps, initial=step, desc="pretraining", mininterval=10, disable=not progress)
     while step < recipe.total_steps:
         begun = time.monotonic()
         mixed = step >= recipe.lessons_end or level == recipe.top_level
@@ -221,6 +224,5 @@ def pretrain(out_dir: Path, recipe: Recipe, checkpoint_every: int = 100) -> None
                 torch.save(state, beside)
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
-    (out_dir / "training.json").write_text(
-        json.dumps({"recipe": asdict(recipe), "seconds": seconds, "tokens": tokens, "log": log}, indent=1)
-    )
+    told = {"recipe": asdict(recipe), "seconds": seconds, "tokens": tokens, "log": log}
+    write(out_dir / "training.json", json.dumps(told, indent=1))

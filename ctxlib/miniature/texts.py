@@ -381,7 +381,7 @@ def domain_questions(town: Town, domain: str, n: int, seed: int) -> list[Questio
         task = domains.arithmetic(rng) if domain == "arithmetic" else domains.code_lookup(rng, town.seed)
         questions.append(
             Question(
-                f"{domain}-{i}", "qa", domain, (Message("user", f"{task.context}\n{task.question}"),), task.prefix,
+                f"{domain}-{i}", domain, domain, (Message("user", f"{task.context}\n{task.question}"),), task.prefix,
                 (task.answer, task.value), (task.value,), task.memory_value,
             )
         )  # fmt: skip
