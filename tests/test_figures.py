@@ -112,6 +112,10 @@ DRAWN = {
         RUNS.assign(dose=RUNS.dose + 1), RUNS.assign(dose=RUNS.dose + 1), x="dose", xlabel="dose (share)", log="xy",
         ylim=None,
     ),
+    "curves_log_of_nothing_positive": lambda: figures.curves_over_seeds(
+        RUNS.assign(dose=RUNS.dose + 1, value=0.0), RUNS.assign(dose=RUNS.dose + 1, value=0.0), x="dose",
+        xlabel="dose (share)", log="xy", ylim=None,
+    ),
     "forest": lambda: figures.forest_over_seeds(FOREST, RUNS.assign(metric=FOREST.metric[0]), row="metric"),
     "loss": lambda: figures.loss_curves(LOG, smooth=3),
     "loss_logarithmic": lambda: figures.loss_curves(LOG, logarithmic=True),

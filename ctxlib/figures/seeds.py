@@ -43,7 +43,8 @@ def curves_over_seeds(
 ) -> Figure:
     """Lines with bands of (x, hue, value, ci_low, ci_high, n) and the single `runs` (x, hue, value) as dots.
 
-    With `panel` a column of axes for each of its values. `log` names the axes with a logarithmic scale: "x", "xy".
+    With `panel` a column of axes for each of its values. `log` names the axes with a logarithmic scale: "x", "xy"; y
+    stays linear where no value is positive.
     """
     colours = colours_of(frame[hue].unique(), colours)
     names = list(frame[panel].unique()) if panel else [None]
@@ -56,7 +57,7 @@ def curves_over_seeds(
             ax.plot(mine[x], mine["value"], ".", color=colour, ms=4, alpha=0.45, zorder=1)
         if "x" in log:
             ax.set_xscale("log")
-        if "y" in log:
+        if "y" in log and (part["value"] > 0).any():
             ax.set_yscale("log")
         ax.set(xlabel=xlabel or in_words(x), title="" if name is None else str(name), ylim=ylim)
         ax.axhline(0, color=GREY, lw=0.8, zorder=0)
