@@ -127,7 +127,7 @@ def test_lora_weights_gradients_and_optimiser_take_what_peft_and_adam_take(tied)
     set_indicator_row(model, indicator_id=259, n_tokens=259)
     base = n_bytes(model.parameters())
     adapted = add_lora(model, 8, 16, 0.05, indicator_id=259).train()
-    for row in _frozen_rows(adapted, "clean"):
+    for row in _frozen_rows(adapted, inputs_too=False):
         row.requires_grad_(False)
     planned = training_memory(network, method="lora", batch_size=1, length=19, rank=8, dropout=0.05)
     assert planned["weights"] == base
