@@ -261,8 +261,7 @@ def tuned(params: Params, trial: Trial) -> tuple[PreTrainedModel | PeftModel, Pr
     """
     its = params.changed(trial.changes)
     path = train(params, trial) if trial.trained else _base_path(params, trial)
-    over_4_bits = trial.trained and its.finetune.method == "qlora"
-    quantisation = "nf4" if over_4_bits else its.models.quantisation
+    quantisation = models.trained_over(path) or its.models.quantisation
     model = models.load_model(path, dtype=its.models.dtype, quantisation=quantisation, attention=its.models.attention)
     if isinstance(model, PeftModel) and not quantisation:
         model = model.merge_and_unload()
