@@ -33,6 +33,8 @@ EVIDENCE = {
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")
 overrides = config.get("overrides", {})
 experiment = load_params(params_file, overrides)
+if experiment.trains("instruct"):
+    STORY["01_attention_shift"] = ["03_indicator_sft"]
 NEEDS = EVIDENCE if experiment.evidence else STORY
 OUTPUTS = short_path(experiment, experiment.output_dir)
 # receipts are not committed: a fresh clone, which holds the committed outputs, runs everything once

@@ -77,16 +77,10 @@ def rehearse(
     stopped rehearsal goes on with the same command.
     """
     from ctxlib import rehearse as room
-    from ctxlib.run import has_run, run_notebook
 
     rehearsal = room.prepare(params, _parse(overrides), width=width, layers=layers)
     print(f"{params} on random models, to be run again from {rehearsal.params_file}:")
     print("\n".join(rehearsal.description), flush=True)
-    first = rehearsal.training_first
-    for name in ("02_context_dependency", "03_indicator_sft") if first else ():
-        notebook = Path("notebooks") / f"{name}.ipynb"
-        if not has_run(notebook, load_params(rehearsal.params_file, first)):
-            run_notebook(notebook, rehearsal.params_file, overrides=first)
     status = _reproduce(rehearsal.params_file, {})
     print("\n".join(room.summary(rehearsal.params)))
     raise SystemExit(status)

@@ -44,8 +44,12 @@ def town(params: Params) -> Town | None:
 
 
 def model_path(params: Params, which: str) -> str:
-    """Folder or hub id of `pretrained`, `instruct` or `seed_model`."""
+    """Folder or hub id of `pretrained`, `instruct` or `seed_model`; InputError where 03 has still to train it."""
     source = model_source(getattr(params.models, which))
+    if params.trains(which) and not params.path(source).exists():
+        raise InputError(
+            f"{params.file}: models.{which}: '{source}' is not there yet; notebook 03 trains it: run it first"
+        )
     return str(params.path(source)) if params.path(source).exists() else source
 
 

@@ -284,10 +284,10 @@ def model_hash(path: str | Path, *, revision: str | None = None) -> str:
             continue
         digest.update(f"{file.name}\0".encode())
         if file.name == "adapter_config.json":
-            config = _adapter_config(path)
-            base = config.pop("base_model_name_or_path")
+            base, revision = _base_of(path)
+            config = {key: value for key, value in _adapter_config(path).items() if key != "base_model_name_or_path"}
             digest.update(json.dumps(config, sort_keys=True).encode())
-            digest.update(model_hash(base, revision=config.get("revision")).encode())
+            digest.update(model_hash(base, revision=revision).encode())
         else:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -315,14 +315,20 @@ def trained_over(path: str | Path) -> str | None:
 
 
 def adapter_base(path: str | Path) -> str:
-    """Name or folder of the model that an adapter was trained on."""
+    """Name or folder of the model that an adapter was trained on; InputError for a folder that is not there."""
     return _base_of(path)[0]
 
 
 def _base_of(adapter: str | Path) -> tuple[str, str | None]:
     """The model that an adapter was trained on, and its revision."""
     config = _adapter_config(adapter)
-    return config["base_model_name_or_path"], config.get("revision")
+    base = config["base_model_name_or_path"]
+    if is_local(base) and not Path(base).expanduser().exists():
+        raise InputError(
+            f"{adapter}/adapter_config.json: the adapter was trained on '{base}', which is not there; put that model "
+            "there, or correct base_model_name_or_path"
+        )
+    return base, config.get("revision")
 
 
 def _adapter_config(adapter: str | Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ Seed = Annotated[int, Field(ge=0)]
 Reading = Literal["clean", "paper"]
 FirstResponseToken = Literal["last_input", "forced_prefix"]
 MODEL_ROLES = ("pretrained", "instruct", "seed_model")
+TRAINED_MODELS = ("vanilla", "indicator")  # by 03, in <outputs>/<experiment>/work/models
 
 
 class Section(BaseModel):
@@ -253,10 +254,16 @@ class Params(Section):
         """A path named in the file: absolute, or relative to the folder from which the file was found."""
         return self._root / Path(name).expanduser()
 
+    def trains(self, role: str) -> bool:
+        """Whether `pretrained`, `instruct` or `seed_model` is one of the models that 03 trains in this experiment."""
+        named = self.path(getattr(self.models, role))
+        return named.parent == self.output_dir / "work" / "models" and named.name in TRAINED_MODELS
+
     def missing_inputs(self) -> dict[str, str]:
         """Keys that name a file or folder which is not there, with the name.
 
-        A model or dataset named `owner/name` may lie on a hub, so that only loading it can tell.
+        A model or dataset named `owner/name` may lie on a hub, so that only loading it can tell. `models.instruct` may
+        be one that 03 trains: what asks it comes after 03.
         """
         on_disk = {"needle.haystack": self.needle.haystack, "models.chat_template": self.models.chat_template}
         anywhere = {"conversations.source": self.conversations.source}
@@ -267,6 +274,7 @@ class Params(Section):
             key: name
             for key, name in named.items()
             if name is not None and name.split(":")[0] != "miniature" and not self.path(name).exists()
+            if not (key == "models.instruct" and self.trains("instruct"))
         }
 
     def check_inputs(self) -> None:
@@ -277,8 +285,7 @@ class Params(Section):
     def remedy(self, key: str) -> str:
         """What to do about a missing input."""
         role = key.removeprefix("models.")
-        trained = self.output_dir / "work" / "models"
-        if role in MODEL_ROLES and trained in self.path(getattr(self.models, role)).parents:
+        if role in MODEL_ROLES and self.trains(role):
             return f"it is trained here: first run 02 and 03 by themselves, with --set {key}={self.models.pretrained}"
         supplied = {
             "needle.haystack": "put a folder of .txt there",

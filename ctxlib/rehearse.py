@@ -46,15 +46,10 @@ AT_MOST = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is to be run: `params`, which stand in `params_file`, and what was made smaller, in lines for a person.
-
-    `training_first` are the overrides under which 02 and 03 run before all else, where a model that is asked is one
-    that 03 still has to train; else it is empty.
-    """
+    """What is to be run: `params`, which stand in `params_file`, and what was made smaller, in lines for a person."""
 
     params_file: Path
     params: Params
-    training_first: dict[str, str]
     description: list[str]
 
 
@@ -79,8 +74,7 @@ def prepare(
     overrides = {"finetune.epochs": None, "finetune.steps": _at_most("finetune.steps", written)} | overrides
     elsewhere = ("outputs", "experiment")  # where the file's own results lie tells which models 03 trains
     full = load_params(params_file, {key: value for key, value in overrides.items() if key not in elsewhere})
-    own = full.output_dir / "work" / "models"
-    trained = {which for which in MODEL_ROLES if own in full.path(getattr(full.models, which)).parents}
+    trained = {which for which in MODEL_ROLES if full.trains(which)}
     like = {which: "pretrained" if which in trained else which for which in MODEL_ROLES}
     instead = {f"models.{which}": full.models.pretrained for which in trained}
     load_params(params_file, overrides | instead).check_inputs()
@@ -111,10 +105,8 @@ def prepare(
     content += yaml.safe_dump(small.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     if not file.is_file() or file.read_text(encoding="utf-8") != content:
         write(file, content)
-    to_train = "instruct" in trained and not small.path(small.models.instruct).exists()
-    training_first = {"models.instruct": small.models.pretrained} if to_train else {}
     shapes = [f"  {which}: {_shape(configs[which])} → {_shape(small_configs[which])}" for which in made]
-    return Rehearsal(file, load_params(file), training_first, [*shapes, *_differences(written, small)])
+    return Rehearsal(file, load_params(file), [*shapes, *_differences(written, small)])
 
 
 def shrunk(config: PreTrainedConfig, width: int, layers: int) -> PreTrainedConfig:

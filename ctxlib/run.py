@@ -99,19 +99,9 @@ def run_notebook(
     write(out_path, nbformat.writes(executed) + "\n")
     failed.unlink(missing_ok=True)
     _record(params, notebook, out_path, time.monotonic() - started)
-    write(receipt, _receipt(notebook, params))
+    made_by = {"params": params.digest, "notebook": file_digest(notebook), "code": code_version(notebook.stem)}
+    write(receipt, to_json(made_by))
     return out_path
-
-
-def has_run(notebook: str | Path, params: Params) -> bool:
-    """Whether the notebook as it is ran to its end with these parameters and the code as it is."""
-    receipt = params.output_dir / "work" / "receipts" / f"{Path(notebook).stem}.json"
-    return receipt.is_file() and receipt.read_text(encoding="utf-8") == _receipt(Path(notebook), params)
-
-
-def _receipt(notebook: Path, params: Params) -> str:
-    versions = {"notebook": file_digest(notebook), "code": code_version(notebook.stem)}
-    return to_json({"params": params.digest, **versions})
 
 
 def _read_notebook(notebook: Path) -> NotebookNode:

@@ -192,6 +192,10 @@ def test_broken_adapters_are_named_before_the_base_is_loaded(model, model_folder
         (cut(config, 300), f"{config}, line .*: malformed JSON"),
         (put(config, "[]"), f"{config}: expected keys and values"),
         (put(config, "{}"), f"{config}: not the configuration of an adapter: it names no base_model_name_or_path"),
+        (
+            put(config, '{"base_model_name_or_path": "/moved/model"}'),
+            f"{config}: the adapter was trained on '/moved/model', which is not there; .* correct base_model_name",
+        ),
     ):
         folder = shutil.copytree(tmp_path / "adapter", tmp_path / "broken")
         change(folder)

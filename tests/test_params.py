@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -207,5 +208,11 @@ def test_the_nine_runs_say_what_is_not_pinned_and_what_the_user_supplies(base, d
     assert supplied == ["haystack", "sources"]
     with pytest.raises(InputError, match=r"needle\.haystack: .* put a folder of \.txt there"):
         params.check_inputs()
-    with pytest.raises(InputError, match=r"models\.instruct: .* trained here: first run 02 and 03"):
-        load_params(path, {"needle.haystack": str(ROOT)}).check_inputs()
+    supplied = {"needle.haystack": str(ROOT), "qa.sources": []}
+    load_params(path, supplied).check_inputs()  # models.instruct: 03 trains it
+    assert load_params(path, supplied).trains("instruct")
+    own = params.models.instruct
+    for role, said in (("instruct", "correct the path"), ("seed_model", "trained here: first run 02 and 03")):
+        name = f"{own}s" if role == "instruct" else own
+        with pytest.raises(InputError, match=rf"models\.{role}: no file or folder '{re.escape(name)}'; .*{said}"):
+            load_params(path, supplied | {f"models.{role}": name}).check_inputs()

@@ -271,7 +271,9 @@ def test_every_model_is_random_in_its_own_way_and_what_03_trains_is_left_to_it(o
     hashes = [models.model_hash(folder) for folder in (named.pretrained, named.seed_model)]
     assert len(set(hashes)) == 2
     assert Path(named.instruct) == tmp_path / f"rehearsal-{NINE}" / "work" / "models" / "vanilla"
-    assert prepared.training_first == {"models.instruct": named.pretrained}
+    assert prepared.params.trains("instruct")
+    with pytest.raises(InputError, match="notebook 03 trains it: run it first"):
+        experiment.model_path(prepared.params, "instruct")
     tokenizer = experiment.tokenizer(prepared.params)
     assert tokenizer.get_vocab() == models.load_tokenizer(own_files / "model").get_vocab()
     Path(named.instruct).mkdir(parents=True)
@@ -280,7 +282,6 @@ def test_every_model_is_random_in_its_own_way_and_what_03_trains_is_left_to_it(o
         "models.seed_model": load_params(own_files / "my params.yaml").models.instruct,
     }
     again = prepare(own_files / "my params.yaml", scored_by_itself, width=32, layers=2)
-    assert again.training_first == {}
     assert again.params.models == named
 
 

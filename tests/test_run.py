@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Thread
 
@@ -18,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ctxlib import cli
 from ctxlib import run as run_room
 from ctxlib.params import InputError, load_params
-from ctxlib.run import NotebookError, has_run, run_notebook
+from ctxlib.run import NotebookError, run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "params" / "smoke.yaml"
@@ -86,18 +87,6 @@ def test_notebooks_that_end_at_the_same_time_are_both_in_the_manifest(tmp_path, 
         thread.join()
     assert len(reading) == 2
     assert sorted(json.loads((params.output_dir / "manifest.json").read_text())["notebooks"]) == names
-
-
-def test_a_notebook_has_run_until_its_code_or_its_parameters_change(tmp_path):
-    overrides = {"outputs": str(tmp_path / "outputs"), "seed": 5}
-    notebook = tmp_path / "01_test.ipynb"
-    write_notebook(notebook, "1")
-    assert not has_run(notebook, load_params(SMOKE, overrides))
-    run(tmp_path, "1")
-    assert has_run(notebook, load_params(SMOKE, overrides))
-    assert not has_run(notebook, load_params(SMOKE, overrides | {"seed": 6}))
-    write_notebook(notebook, "2")
-    assert not has_run(notebook, load_params(SMOKE, overrides))
 
 
 def test_a_failed_cell_keeps_its_traceback_and_the_old_success(tmp_path):
@@ -247,15 +236,26 @@ def test_a_killed_reproduction_goes_on_and_two_at_once_are_refused(tmp_path):
     assert sorted(path.stem for path in receipts.iterdir()) == names
 
 
+def notebooks_to_run(folder: Path, *arguments: str, **overrides) -> set[str]:
+    config = ["experiment=smoke", f"overrides={json.dumps(overrides)}"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments, "--config", *config]
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return set(re.findall(r"output: outputs/smoke/work/receipts/(\w+)\.json", finished.stdout + finished.stderr))
+
+
+def test_a_model_is_asked_after_it_is_trained(tmp_path):
+    small_copy(tmp_path)
+    asks_instruct = ["-n", "outputs/smoke/work/receipts/01_attention_shift.json"]
+    assert notebooks_to_run(tmp_path, *asks_instruct) == {"01_attention_shift"}
+    trained = {"models.instruct": "outputs/smoke/work/models/vanilla"}
+    needed = {"01_attention_shift", "02_context_dependency", "03_indicator_sft"}
+    assert notebooks_to_run(tmp_path, *asks_instruct, **trained) == needed
+
+
 def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
     names = small_copy(tmp_path)
-
-    def snakemake(*arguments: str) -> set[str]:
-        command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments, "--config", "experiment=smoke"]
-        finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
-        return set(re.findall(r"output: outputs/smoke/work/receipts/(\w+)\.json", finished.stdout + finished.stderr))
-
+    snakemake = partial(notebooks_to_run, tmp_path)
     assert snakemake() == set(names)
     for path in [*tmp_path.glob("notebooks/*"), *tmp_path.glob("params/*"), *tmp_path.glob("ctxlib/*")]:
         path.touch()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ctxlib.params import Params
+from ctxlib.params import TRAINED_MODELS, Params
 from ctxlib.plan import sources
 from ctxlib.plan.machines import ASSUMPTIONS, GIB, GPUS
 from ctxlib.plan.memory import BATCH_SIZES, Footprint, at_batch_size
@@ -145,7 +145,7 @@ def _there(plan: Plan) -> Iterator[str]:
     n_answers = sum(path.read_bytes().count(b"\n") for path in answers)
     planned = sum(step.rows for step in plan.steps if step.kind == "answer")
     parts = len(list((work / "scores").glob("*/part-*.parquet")))
-    trained = [name for name in ("vanilla", "indicator") if (work / "models" / name).is_dir()]
+    trained = [name for name in TRAINED_MODELS if (work / "models" / name).is_dir()]
     begun = [path.name for path in (work / "models").glob("*.training-*")]
     receipts = sorted(path.stem for path in (work / "receipts").glob("*.json"))
     rows = [

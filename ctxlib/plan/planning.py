@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ctxlib import models
-from ctxlib.params import MODEL_ROLES, InputError, Params, is_hub_id
+from ctxlib.params import MODEL_ROLES, TRAINED_MODELS, InputError, Params, is_hub_id
 from ctxlib.plan import sources
 from ctxlib.plan.machines import GPUS, seconds
 from ctxlib.plan.memory import Footprint, footprints, remedies, replaced
@@ -58,7 +58,7 @@ class Plan:
         section, network = self.params.finetune, self.models["pretrained"].network
         trained = network.parameters if section.method == "full" else network.lora_parameters(section.lora_rank)
         folder = self.params.output_dir / "work" / "models"
-        missing = [name for name in ("vanilla", "indicator") if not (folder / name).is_dir()]
+        missing = [name for name in TRAINED_MODELS if not (folder / name).is_dir()]
         found = {f"work/models/{name}": 4 * trained for name in missing}
         return found | ({"two checkpoints, while it trains": 2 * 12 * trained} if missing else {})
 

@@ -41,12 +41,11 @@ def find_model(params: Params, which: str) -> Source:
     """
     name, revision = getattr(params.models, which), params.models.revision_of(which)
     key = f"{params.file}: models.{which}"
-    if f"models.{which}" in params.missing_inputs():
-        remedy = params.remedy(f"models.{which}")
-        if not remedy.startswith("it is trained"):
-            raise InputError(f"{key}: no folder '{name}'; {remedy}")
+    if params.trains(which) and not params.path(name).exists():
         base = find_model(params, "pretrained")
         return Source(name, "still to be trained, by 03", base.network, adapter=params.finetune.method != "full")
+    if f"models.{which}" in params.missing_inputs():
+        raise InputError(f"{key}: no folder '{name}'; {params.remedy(f'models.{which}')}")
     if name.startswith(f"{experiment.EMBEDDED}:"):
         folder = Path(experiment.model_path(params, which))
         return Source(name, "embedded", _read(folder, key), folder=folder)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ctxlib import experiment
 from ctxlib.labels import BATCHES_GROUPED, training_order
 from ctxlib.paper import DATASETS, table_2
-from ctxlib.params import Finetune, InputError, Params
+from ctxlib.params import TRAINED_MODELS, Finetune, InputError, Params
 from ctxlib.plan.questions import MT_BENCH, SAMPLED, Texts, how, length, needle_kinds
 
 SCORE_PASSES = 1 + 5 / 3  # 02 scores all conversations once, and every third in five readings
@@ -60,7 +60,7 @@ class _Plan:
                 for alpha in self.params.steering.alphas
             ),
             Step("02", "scores", "seed_model", "score", SCORE_PASSES * self.conversations.n, self.conversations.length),
-            *(self._train(name) for name in ("vanilla", "indicator")),
+            *(self._train(name) for name in TRAINED_MODELS),
             *(
                 self._ask("04", name, everything, indicator=indicator, **template)
                 for template in (chat, raw)
@@ -141,10 +141,7 @@ def afterwards(params: Params, positions: int) -> list[Step]:
     if params.needle.source == experiment.EMBEDDED or new_tokens < 1:
         return []
     length = MT_BENCH.length(new_tokens)
-    return [
-        Step("after", "MT-Bench", name, "answer", 2 * MT_BENCH.n, length, new_tokens)
-        for name in ("vanilla", "indicator")
-    ]
+    return [Step("after", "MT-Bench", name, "answer", 2 * MT_BENCH.n, length, new_tokens) for name in TRAINED_MODELS]
 
 
 def _merged(found: list[Step]) -> list[Step]:
