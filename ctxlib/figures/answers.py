@@ -46,7 +46,8 @@ def bars_with_intervals(
     """Grouped bars of (x, hue, value, ci_low, ci_high, n); `paper` (x, hue, value) as grey dashed lines."""
     colours = colours_of(frame[hue].unique(), colours)
     groups = frame[x].nunique()
-    fig, axes = new_figure(1, 1, max(6.0, 1.6 + groups * max(0.9, 0.42 * len(colours))), 3.6)
+    width = min(max(6.0, 1.6 + groups * max(0.9, 0.42 * len(colours))), 14.0)  # inches
+    fig, axes = new_figure(1, 1, width, 3.6)
     ax = axes[0, 0]
     draw_bars(ax, frame, x, hue, colours, paper)
     ax.set(xlabel=xlabel or in_words(x), ylabel=ylabel, ylim=ylim)
