@@ -254,6 +254,11 @@ def test_shift_colours_are_centred_at_zero():
     assert figures.head_map(frame, shift=True).axes[0].collections[0].get_clim() == (-0.4, 0.4)
 
 
+def test_a_panels_title_keeps_its_lines_and_boxes_what_the_font_lacks():
+    frame = values(layer=range(2), head=range(4)).assign(condition="from a\nto \U0001f9a9")
+    assert figures.head_map(frame).axes[0].get_title("left") == "from a\nto □"
+
+
 def test_html_strip_escapes_tokens_roles_and_title():
     tokens = TOKENS.assign(turn='"><script>')
     shown = figures.role_strip_html(tokens, title="<script>alert(1)</script>")

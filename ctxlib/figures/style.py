@@ -176,6 +176,6 @@ def in_words(name: str) -> str:
 
 
 def drawable(text: str) -> str:
-    """Characters that the font lacks become a box, so that no script can break a figure."""
+    """Characters that the font lacks become a box, so that no script can break a figure; lines stay lines."""
     glyphs = font_manager.get_font(Path(font_manager.findfont(MONO))).get_charmap()
-    return "".join(character if ord(character) in glyphs else "□" for character in text)
+    return "".join(character if character == "\n" or ord(character) in glyphs else "□" for character in text)
