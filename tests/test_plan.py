@@ -364,6 +364,11 @@ def test_training_takes_the_hours_that_its_operations_take():
     assert hours(plan, step)["A100 80 GB"] == pytest.approx(operations / (0.35 * 312e12) / 3600)
 
 
+def test_evidence_is_no_experiment_to_plan():
+    with pytest.raises(InputError, match="evidence: plans are of 00 to 05"):
+        plan_of(ROOT / "params" / "smoke-evidence.yaml")
+
+
 def test_all_that_is_missing_is_told_with_its_remedy():
     problems = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml").problems
     supplied = ["needle.haystack", *(f"qa.sources[{number}]" for number in range(3))]

@@ -66,9 +66,12 @@ class Plan:
 def make_plan(params: Params) -> Plan:
     """The plan of an experiment. Takes seconds, reads local data, never asks the hub.
 
-    Raises InputError for input that is there and bad, for a path that leads nowhere, and for a model whose shape is not
-    known. What the user still has to supply (the haystack, questions on passages) is a problem in the plan.
+    Raises InputError for input that is there and bad, for a path that leads nowhere, for a model whose shape is not
+    known, and for the params of the evidence. What the user still has to supply (the haystack, questions on passages)
+    is a problem in the plan.
     """
+    if params.evidence:
+        raise InputError(f"{params.file}: evidence: plans are of 00 to 05; from 06 on each notebook says what it takes")
     supplied = ("needle.haystack", "qa.sources", *(f"models.{which}" for which in MODEL_ROLES))
     for key, name in params.missing_inputs().items():
         if key.split("[")[0] not in supplied:
