@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -18,6 +19,18 @@ def test_the_table_of_claims_is_the_committed_one():
     block = README.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip()
     committed = (ROOT / "outputs/miniature/tables/claims.md").read_text(encoding="utf-8")
     assert block == "\n".join(line for line in committed.splitlines() if line.startswith("|"))
+
+
+def test_the_table_of_evidence_says_what_evidence_csv_says():
+    block = README.split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0].strip()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+    evidence = pd.read_csv(ROOT / "outputs" / "evidence.csv").query("unit == 'seeds'")
+    rows = evidence.set_index([evidence.question.str[:2], "condition", "metric"]).sort_index()
+    for notebook, condition, metric, value, seeds in told:
+        row = rows.loc[(re.search(r"\d\d", notebook).group(), condition, metric)].squeeze()
+        assert value == f"{row.value:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]", (notebook, condition, metric)
+        assert int(seeds) == row.n
+    assert {notebook[1:3] for notebook, *_ in told} == set(rows.index.get_level_values(0))
 
 
 def test_every_link_into_the_repository_leads_somewhere():
