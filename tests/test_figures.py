@@ -254,6 +254,14 @@ def test_shift_colours_are_centred_at_zero():
     assert figures.head_map(frame, shift=True).axes[0].collections[0].get_clim() == (-0.4, 0.4)
 
 
+def test_curves_without_limits_show_every_run_of_every_panel():
+    runs = RUNS.assign(value=[-5.0 if panel == RUNS.panel.iloc[-1] else 0.5 for panel in RUNS.panel])
+    assert runs.value.nunique() == 2
+    for ax in figures.curves_over_seeds(runs, runs, x="dose", panel="panel", ylim=None).axes:
+        low, high = ax.get_ylim()
+        assert low < -5 and high > 0.5
+
+
 def test_a_panels_title_keeps_its_lines_and_boxes_what_the_font_lacks():
     frame = values(layer=range(2), head=range(4)).assign(condition="from a\nto \U0001f9a9")
     assert figures.head_map(frame).axes[0].get_title("left") == "from a\nto □"

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ctxlib.figures.strokes import draw_lines
+from ctxlib.figures.strokes import apart, draw_lines
 from ctxlib.figures.style import (
     BLUE,
     GREEN,
@@ -44,7 +45,7 @@ def curves_over_seeds(
     """Lines with bands of (x, hue, value, ci_low, ci_high, n) and the single `runs` (x, hue, value) as dots.
 
     With `panel` a column of axes for each of its values. `log` names the axes with a logarithmic scale: "x", "xy"; y
-    stays linear where no value is positive.
+    stays linear where no value is positive. `ylim` None: as far as the data of all panels go.
     """
     colours = colours_of(frame[hue].unique(), colours)
     names = list(frame[panel].unique()) if panel else [None]
@@ -56,15 +57,27 @@ def curves_over_seeds(
             mine = dots[dots[hue] == label]
             ax.plot(mine[x], mine["value"], ".", color=colour, ms=4, alpha=0.45, zorder=1)
         if "x" in log:
+            places = np.sort(frame[x].unique())
             ax.set_xscale("log")
+            ax.set_xticks(apart(np.log10(places), places, 0.06))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(_in_short))
         if "y" in log and (part["value"] > 0).any():
             ax.set_yscale("log")
-        ax.set(xlabel=xlabel or in_words(x), title="" if name is None else str(name), ylim=ylim)
+        ax.set(xlabel=xlabel or in_words(x), title="" if name is None else str(name))
+        if ylim:
+            ax.set_ylim(ylim)
         ax.axhline(0, color=GREY, lw=0.8, zorder=0)
         ax.grid(axis="y")
     axes[0, 0].set_ylabel(ylabel)
     note = footnote("bands", frame, "seeds a point") + " · dots: single runs"
     return finish(fig, title, subtitle, note, handles(colours, None))
+
+
+def _in_short(value: float, _: int) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} M"
+    return f"{value / 1e3:.3g} k" if value >= 1e4 else f"{value:g}"
 
 
 @styled
