@@ -66,4 +66,4 @@ rule notebook:
             "--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()
         ),
     shell:
-        "{sys.executable:q} -m ctxlib.cli run {input.notebook} --params {input.params_file:q} {params.overrides}"
+        "{sys.executable:q} -m ctxlib run {input.notebook} --params {input.params_file:q} {params.overrides}"

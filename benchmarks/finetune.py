@@ -28,8 +28,7 @@ from scoring import make_corpus
 from side_by_side import arguments, measured, model_mib, random_llama, report
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from ctxlib.finetune import add_lora, make_trainer, train
-from ctxlib.labels import Example, collate, training_examples, training_order
+from ctxlib.finetune import Example, add_lora, collate, make_trainer, train, training_examples, training_order
 from ctxlib.miniature import MODELS
 from ctxlib.models import load_tokenizer
 

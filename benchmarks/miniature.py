@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from ctxlib import experiment
-from ctxlib.finetune import add_lora, make_trainer, train
-from ctxlib.labels import training_examples, training_order
+from ctxlib.finetune import add_lora, make_trainer, train, training_examples, training_order
 from ctxlib.miniature.pretrain import Recipe, batches, build_model, supervised_loss
 from ctxlib.miniature.town import Town
 from ctxlib.models import load_model

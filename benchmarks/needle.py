@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctxlib.generate import answer_questions, question_prompt
-from ctxlib.needle import PAPER_NEEDLE, text_needles
+from ctxlib.questions.needle import PAPER_NEEDLE, text_needles
 
 VOCABULARY = 32000
 SETTINGS = {"template": False, "indicator": None, "use_prefix": False, "model_key": "random", "progress": False}

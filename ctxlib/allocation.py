@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
 
 import pandas as pd
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ctxlib.attention import record_allocation, steer_attention
 from ctxlib.models import memory_advice
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Variant
 from ctxlib.roles import ROLES, Role, RoleMap, pad_batch
 
 CELL = ["example", "layer", "head", "role"]
@@ -25,7 +24,7 @@ def attention_allocation(
     pad_token_id: int,
     layers: Sequence[int] | None = None,
     steering_alpha: float | None = None,
-    reading: Literal["clean", "paper"] = "clean",
+    variant: Variant = "standard",
     names: Sequence[str] = ROLES,
 ) -> pd.DataFrame:
     """Attention of the last token, which yields the first token of the answer, summed by role.
@@ -46,7 +45,7 @@ def attention_allocation(
         roles = batch.roles.to(device)
         steering = nullcontext()
         if steering_alpha is not None:
-            steering = steer_attention(model, roles == Role.USER, steering_alpha, reading)
+            steering = steer_attention(model, roles == Role.USER, steering_alpha, variant)
         chosen = range(model.config.num_hidden_layers) if layers is None else layers
         recorder = record_allocation(model, roles, layers=chosen, stop_after=max(chosen))
         # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.

@@ -14,15 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxlib import models, needle, qa
+from ctxlib import models
 from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations
 from ctxlib.generate import COLUMNS, answer_questions, question_prompt
-from ctxlib.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import Town
 from ctxlib.params import FirstResponseToken, InputError, Params, is_hub_id, load_params
+from ctxlib.questions import needle, qa
+from ctxlib.questions.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
 
 EMBEDDED = "miniature"
@@ -120,7 +121,7 @@ def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Q
         keywords=section.keywords,
         response_prefix=section.response_prefix,
         prompt=section.prompt,
-        reading=section.reading,
+        variant=section.variant,
         **cells,
     )
 
@@ -138,7 +139,7 @@ def passage_questions(params: Params) -> list[Question]:
             section.n,
             params.seed,
             prompt=section.prompt,
-            reading=section.reading,
+            variant=section.variant,
             split=section.split,
         )
     times = Counter(question.id for question in questions)
@@ -193,7 +194,7 @@ def ask(
         "instructions": params.instructions,
     }
     limits |= dict.fromkeys(DOMAINS, params.qa)
-    readings = {"needle": params.needle.reading, "qa": params.qa.reading}
+    variants = {"needle": params.needle.variant, "qa": params.qa.variant}
     parts = []
     for family in dict.fromkeys(question.family for question in questions):
         asked = [question for question in questions if question.family == family]
@@ -205,7 +206,7 @@ def ask(
             indicator=indicator,
             use_prefix=use_prefix,
             steering_alpha=steering_alpha,
-            steering_options={"reading": params.steering.reading},
+            steering_options={"variant": params.steering.variant},
             max_new_tokens=limits[family].max_new_tokens,
             stop_text=None if template else PLAIN_SEPARATOR,
             batch_size=params.models.batch_size,
@@ -214,7 +215,7 @@ def ask(
             cache_dir=params.output_dir / "work" / "answers" if cached else None,
             progress=progress,
         )
-        parts.append(score_rules(score_answers(answers, asked, reading=readings.get(family, "clean")), asked))
+        parts.append(score_rules(score_answers(answers, asked, variant=variants.get(family, "standard")), asked))
     scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_SCORED)
     recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
     followed = scored.prompt_strict.fillna(scored.exact_match).where(scored.family == "instructions")

@@ -6,14 +6,13 @@ Reference: Wang et al. 2024, section 3.2; official script `process_dataset.py` (
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
 from ctxlib.conversations import Conversation, Corpus, Message
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Variant
 from ctxlib.scoring import answered_turns
 
 Rewrite = Callable[[Conversation, int, Message, Message], tuple[Message, Message]]  # conversation, turn, user, answer
@@ -21,25 +20,25 @@ NOT_SCORED = "turn has no score: left unmarked"
 
 
 def mark(
-    corpus: Corpus, scores: pd.DataFrame, threshold: float, *, layer: int, reading: Literal["clean", "paper"] = "clean"
+    corpus: Corpus, scores: pd.DataFrame, threshold: float, *, layer: int, variant: Variant = "standard"
 ) -> Corpus:
     """A corpus whose answers carry their scores, and whose user messages are indicated where the score > threshold.
 
     scores: as `score_corpus` gives them; only the rows of `layer` are used. Turns without a score are left unmarked and
         counted in the result's `dropped`. Marks that were there before are replaced.
-    reading: `paper` also ends every scored turn's user text, marked or not, with a full stop where its last character
-        is a letter or digit, as the authors' script does; `clean` leaves all text as it is.
+    variant: `authors_code` also ends every scored turn's user text, marked or not, with a full stop where its last
+        character is a letter or digit, as the authors' script does; `standard` leaves all text as it is.
 
     Raises InputError when the layer was not scored, a turn has two scores or one that is not a number, or no score is
     about this corpus. Reference: Wang et al. 2024, section 3.2.
     """
-    if reading not in ("clean", "paper"):
-        raise InputError(f"reading {reading!r}: choose clean or paper")
+    if variant not in ("standard", "authors_code"):
+        raise InputError(f"variant {variant!r}: choose standard or authors_code")
     chosen = _one_layer(scores, layer)
     keys = list(zip(chosen["conversation"], chosen["turn"].astype(int), strict=True))
     by_turn = dict(zip(keys, chosen["score"].astype(float), strict=True))
     if len(by_turn) < len(keys):
-        raise InputError(f"scores: some turns have more than one at layer {layer}; keep one reading and one seed model")
+        raise InputError(f"scores: some turns have more than one at layer {layer}; keep one variant and one seed model")
     turns = [(c.id, turn) for c in corpus.conversations for turn, _, _ in answered_turns(c)]
     missing = sum(turn not in by_turn for turn in turns)
     if missing == len(turns):
@@ -47,7 +46,7 @@ def mark(
 
     def rewrite(conversation: Conversation, turn: int, user: Message, answer: Message) -> tuple[Message, Message]:
         score = by_turn.get((conversation.id, turn))
-        stop = "." if reading == "paper" and score is not None and user.content[-1:].isalnum() else ""
+        stop = "." if variant == "authors_code" and score is not None and user.content[-1:].isalnum() else ""
         user = replace(user, content=user.content + stop, indicated=score is not None and score > threshold)
         return user, replace(answer, score=score)
 

@@ -26,14 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ctxlib.downloads import (
-    check_is_itself,
-    check_safetensors,
-    hub_remedy,
-    one_line,
-    read_json_object,
-    read_text,
-)
+from ctxlib.files import check_is_itself, check_safetensors, hub_remedy, one_line, read_json_object, read_text
 from ctxlib.params import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

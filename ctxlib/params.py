@@ -30,7 +30,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0)]
-Reading = Literal["clean", "paper"]
+Variant = Literal["standard", "authors_code"]  # the paper's text, mended where it is unclear; or what its code computes
 FirstResponseToken = Literal["last_input", "forced_prefix"]
 MODEL_ROLES = ("pretrained", "instruct", "seed_model")
 TRAINED_MODELS = ("vanilla", "indicator")  # by 03, in <outputs>/<experiment>/work/models
@@ -89,12 +89,12 @@ class Allocation(Section):
 class Steering(Section):
     alphas: Annotated[list[Annotated[Positive, Field(le=1)]], Field(min_length=1)]
     per_task: Count
-    reading: Reading
+    variant: Variant
 
 
 class Scoring(Section):
     layer: Layer
-    reading: Reading
+    variant: Variant
     head_reduction: Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     threshold: Fraction
@@ -103,7 +103,7 @@ class Scoring(Section):
 
 class Finetune(Section):
     method: Literal["full", "lora", "qlora"]
-    reading: Reading
+    variant: Variant
     steps: Count | None
     epochs: Positive | None
     batch_size: Count
@@ -139,7 +139,7 @@ class Needle(Section):
     depths: Annotated[list[Annotated[Number, Field(ge=0, le=100)]], Field(min_length=1)]
     per_cell: Count
     max_new_tokens: Count
-    reading: Reading
+    variant: Variant
 
     @model_validator(mode="after")
     def _text_needs_its_parts(self) -> "Needle":
@@ -154,7 +154,7 @@ class Qa(Section):
     split: str
     n: Count
     prompt: Literal["instruction", "plain"]
-    reading: Reading
+    variant: Variant
     max_new_tokens: Count
 
 
@@ -179,7 +179,7 @@ class Evidence(Section):
     doses: Annotated[list[Fraction], Field(min_length=2)]
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     marked_shares: Annotated[list[Fraction], Field(min_length=1)]
-    readings: Count
+    compared_scores: Count
     step_factors: Annotated[list[Count], Field(min_length=2)]
     second_stage_steps: Annotated[list[Count], Field(min_length=1)]
     head_counts: Annotated[list[Count], Field(min_length=1)]

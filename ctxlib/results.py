@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ctxlib.files import write
+from ctxlib.files import file_digest, write
 from ctxlib.params import InputError, Params
 
 PACKAGE = Path(__file__).resolve().parent
@@ -177,19 +177,6 @@ def code_version(notebook: str | None = None) -> str:
         code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
         digest.update("\n".join("".join(lines) for lines in code).encode())
     return digest.hexdigest()[:12]
-
-
-def file_digest(path: str | Path) -> str:
-    """The sha256 of a file, or of a folder's file names and contents; InputError where there is neither."""
-    path = Path(path)
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder")
-    files = sorted(inner for inner in path.rglob("*") if inner.is_file())
-    lines = [f"{file_digest(inner)} {inner.relative_to(path).as_posix()}\n" for inner in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def short_path(params: Params, path: str | Path) -> str:

@@ -2,17 +2,16 @@ r"""Context-dependency scores: how much of an answer's attention goes to what th
 
 $$s_M(Y_m) = \frac{1}{|Y_m|} \sum_{y \in Y_m} \max_{h} \sum_{x \in X_1 \cup \dots \cup X_m} \mathrm{Att}_h(y, x)$$
 
-Two readings. `clean` is the formula as it stands: every user token is a key, the answer is its content. `paper` is
-what the authors' script computes: the text of a system message counts as the user's, tokens that are only newlines or
-special do not, the answer includes the end-of-sequence and newline tokens that close it, and conversations end at 2047
-tokens. In both, an answer that does not fit into the length is counted and not scored.
+Two variants. `standard` is the formula as it stands: every user token is a key, the answer is its content.
+`authors_code` is what the authors' script computes: the text of a system message counts as the user's, tokens that are
+only newlines or special do not, the answer includes the end-of-sequence and newline tokens that close it, and
+conversations end at 2047 tokens. In both, an answer that does not fit into the length is counted and not scored.
 
 Reference: Wang et al. 2024, section 3.1; official script `process_dataset.py`.
 """
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -31,15 +30,13 @@ from tqdm import tqdm
 
 from ctxlib.attention import record_allocation
 from ctxlib.conversations import Conversation, Corpus
-from ctxlib.downloads import one_line
-from ctxlib.files import replacing, write
+from ctxlib.files import digest, one_line, replacing, write
 from ctxlib.models import memory_advice
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Variant
 from ctxlib.roles import Role, RoleMap, pad_batch, role_map
 
-Reading = Literal["clean", "paper"]
 HeadReduction = Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
-PAPER_MAX_LENGTH = 2047
+AUTHORS_MAX_LENGTH = 2047
 COLUMNS = {
     "conversation": "str",
     "turn": "int64",
@@ -48,7 +45,7 @@ COLUMNS = {
     "user_tokens": "int64",
     "answer_tokens": "int64",
     "context_tokens": "int64",
-    "reading": "str",
+    "variant": "str",
     "seed_model": "str",
     "skipped": "str",
 }
@@ -60,7 +57,7 @@ def score_corpus(
     corpus: Corpus,
     *,
     layers: Literal["all"] | Sequence[int] = "all",
-    reading: Reading = "clean",
+    variant: Variant = "standard",
     head_reduction: HeadReduction = "max_then_mean",
     max_length: int | None = None,
     token_budget: int | None = None,
@@ -74,13 +71,14 @@ def score_corpus(
     """Score every answered turn of a corpus; one row a turn and layer, in the corpus's order.
 
     Columns: conversation, turn (from 1), layer (from 0), score in [0, 1], user_tokens (of this turn's user message),
-    answer_tokens, context_tokens (all tokens before the answer), reading, seed_model. Turns that could not be scored
+    answer_tokens, context_tokens (all tokens before the answer), variant, seed_model. Turns that could not be scored
     have no row; `frame.attrs["skipped"]` counts them by reason.
 
-    max_length: how many tokens of a conversation are looked at; by default the model's positions ("paper": 2047).
-    token_budget: tokens of one batch, padding included; a longer conversation makes a batch of its own. By default
+    max_length: how many tokens of a conversation are looked at; by default the model's positions ("authors_code":
+    2047). token_budget: tokens of one batch, padding included; a longer conversation makes a batch of its own. By
+    default
         8192, on a CPU 512: there long conversations are faster, and take less memory, one at a time.
-    shard_dir: where parts are kept, under a hash of model, template, layers, reading, reduction and data. Finished
+    shard_dir: where parts are kept, under a hash of model, template, layers, variant, reduction and data. Finished
         parts are read, not scored again: a call that was killed goes on where it stopped and ends with the same frame.
     shard: (i, n) takes every n-th part from the i-th on; when all n are done, a call without it reads them all.
     seed_model: the model's name in the frame; by default the hash of its weights.
@@ -93,7 +91,7 @@ def score_corpus(
     """
     config = model.config.get_text_config()
     layers = checked_layers(layers, config.num_hidden_layers)
-    max_length = checked_length(max_length, config.max_position_embeddings, reading)
+    max_length = checked_length(max_length, config.max_position_embeddings, variant)
     token_budget = token_budget or (512 if model.device.type == "cpu" else 8192)
     index, shards = shard
     if not 0 <= index < shards:
@@ -105,7 +103,7 @@ def score_corpus(
         repeated = next(id for id in ids if ids.count(id) > 1)
         raise InputError(f"{corpus.source}: conversation id {repeated!r} occurs more than once; ids must be unique")
 
-    settings = {"layers": layers, "reading": reading, "head_reduction": head_reduction, "max_length": max_length}
+    settings = {"layers": layers, "variant": variant, "head_reduction": head_reduction, "max_length": max_length}
     if weights is None and (shard_dir is not None or seed_model is None):
         weights = weights_hash(model)
     seed_model = seed_model or weights
@@ -129,7 +127,7 @@ def score_corpus(
                 parts.append(part)
                 bar.update(len(conversations))
                 continue
-            examples = [_encode(tokenizer, conversation, reading, max_length) for conversation in conversations]
+            examples = [_encode(tokenizer, conversation, variant, max_length) for conversation in conversations]
             bar.update(sum(not example.answers for example in examples))
             scores = {}
             for batch in length_buckets([example for example in examples if example.answers], token_budget):
@@ -137,12 +135,12 @@ def score_corpus(
                     scores |= _score_batch(model, tokenizer, batch, layers, head_reduction)
                 bar.scored(len(batch), tokens=sum(len(example.map) for example in batch))
             rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
-            parts.append(_frame(rows, reading, seed_model))
+            parts.append(_frame(rows, variant, seed_model))
             if file:
                 with replacing(file) as beside:
                     parts[-1].to_parquet(beside)
 
-    frame = pd.concat(parts, ignore_index=True) if parts else _frame([], reading, seed_model)
+    frame = pd.concat(parts, ignore_index=True) if parts else _frame([], variant, seed_model)
     scored = frame[frame["skipped"] == ""].drop(columns="skipped").reset_index(drop=True)
     skipped = frame["skipped"][frame["skipped"] != ""].value_counts().to_dict()
     if chosen and scored.empty:
@@ -150,60 +148,6 @@ def score_corpus(
         raise InputError(f"{corpus.source}: no turn could be scored: {reasons}")
     scored.attrs["skipped"] = {reason: int(n) for reason, n in skipped.items()}
     return scored
-
-
-def layer_agreement(
-    frame: pd.DataFrame, top: float = 0.1, reading: Literal["clean", "paper", "paper_code"] = "clean"
-) -> pd.DataFrame:
-    """How far two layers agree on which turns depend on their context most.
-
-    One row an ordered pair of layers: layer, other_layer, overlap (fraction of the layer's top turns that are also the
-    other's, in [0, 1]), disagreement = 1 - overlap, by_chance (the overlap of two random choices), n (turns).
-    `clean` and `paper` take the fraction `top` of turns with the highest scores, as the paper's text says; `paper_code`
-    drops the fraction `top` with the lowest and keeps the other 90 %, as the authors' script does, so that the
-    disagreement cannot exceed 0.11. Equal scores are taken in the frame's order.
-
-    Raises InputError when the layers were not scored on the same turns.
-    Reference: Wang et al. 2024, figure 6; official script `compute_layer_agreement.py`.
-    """
-    scores = frame.pivot(index=["conversation", "turn"], columns="layer", values="score")
-    if scores.isna().to_numpy().any():
-        raise InputError("layer agreement: some turns have no score at some layer; score all layers on the same turns")
-    n = len(scores)
-    cut = max(1, int(n * top + 1e-9))
-    kept = slice(cut, None) if reading == "paper_code" else slice(-cut, None)
-    chosen = {layer: set(scores[layer].sort_values(kind="stable").index[kept]) for layer in scores.columns}
-    rows = []
-    for layer, ours in chosen.items():
-        for other_layer, theirs in chosen.items():
-            overlap = len(ours & theirs) / len(ours)
-            rows.append((layer, other_layer, overlap, 1 - overlap, len(ours) / n, n))
-    return pd.DataFrame(rows, columns=["layer", "other_layer", "overlap", "disagreement", "by_chance", "n"])
-
-
-def score_agreement(frame: pd.DataFrame, by: str, *, top: float) -> pd.DataFrame:
-    """How far two conditions agree on the same turns, pair by pair within each group of `by`.
-
-    frame: condition, `by`, conversation, turn, score. One row a group, ordered pair and metric: `by`, condition, other,
-    metric, value, n (turns). The metrics are the `rank correlation` of the scores (Spearman, in [-1, 1]; NaN where all
-    scores of a condition are equal) and the `top share in common`: of the turns that are among the fraction `top` with
-    the highest scores under either condition, the share that is so under both (Jaccard, in [0, 1]; two random choices
-    have about top / (2 - top) in common). Equal scores are taken in the order of conversation and turn.
-
-    Raises InputError where two conditions of a group were not scored on the same turns.
-    """
-    rows = []
-    for key, group in frame.groupby(by, sort=False):
-        scores = group.pivot(index=["conversation", "turn"], columns="condition", values="score")
-        if scores.isna().to_numpy().any():
-            raise InputError(f"score agreement: {by} {key}: the conditions must be scored on the same turns")
-        n, ranks = len(scores), scores.corr("spearman")
-        chosen = {name: set(scores[name].nlargest(max(1, round(top * n))).index) for name in scores.columns}
-        for one, other in itertools.permutations(group["condition"].unique(), 2):
-            common = len(chosen[one] & chosen[other]) / len(chosen[one] | chosen[other])
-            rows.append((key, one, other, "rank correlation", ranks.loc[one, other], n))
-            rows.append((key, one, other, "top share in common", common, n))
-    return pd.DataFrame(rows, columns=[by, "condition", "other", "metric", "value", "n"])
 
 
 def at_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
@@ -300,15 +244,15 @@ class _Progress(tqdm):
         self.update(conversations)
 
 
-def _encode(tokenizer, conversation: Conversation, reading: Reading, max_length: int) -> Example:
+def _encode(tokenizer, conversation: Conversation, variant: Variant, max_length: int) -> Example:
     turns = [turn for turn, _, _ in answered_turns(conversation)]
     try:
         role_of = role_map(tokenizer, conversation.messages)
     except InputError as error:
         return Example(conversation.id, None, [], dict.fromkeys(turns, str(error)))
     closing = torch.zeros_like(role_of.ids, dtype=torch.bool)
-    if reading == "paper":
-        role_of, closing = _as_in_the_paper(role_of, tokenizer)
+    if variant == "authors_code":
+        role_of, closing = _as_the_authors_code(role_of, tokenizer)
     answers, skipped = [], {}
     for turn in turns:
         content = torch.nonzero((role_of.roles == Role.ASSISTANT) & (role_of.turns == turn)).flatten()
@@ -328,7 +272,7 @@ def _encode(tokenizer, conversation: Conversation, reading: Reading, max_length:
     return Example(conversation.id, role_of, answers, skipped)
 
 
-def _as_in_the_paper(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
+def _as_the_authors_code(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
     """The map with the user's tokens as the official script counts them, and which tokens may close an answer."""
     newline = torch.tensor([_is_newlines(tokenizer, token_id) for token_id in role_of.ids.tolist()])
     special = torch.isin(role_of.ids, torch.tensor(tokenizer.all_special_ids))
@@ -405,8 +349,8 @@ def _rows(example: Example, scores: list[list[float]], layers: list[int]) -> lis
     return [{"conversation": example.id, **row} for row in rows]
 
 
-def _frame(rows: list[dict], reading: Reading, seed_model: str) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(COLUMNS)).assign(reading=reading, seed_model=seed_model).astype(COLUMNS)
+def _frame(rows: list[dict], variant: Variant, seed_model: str) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(COLUMNS)).assign(variant=variant, seed_model=seed_model).astype(COLUMNS)
 
 
 def checked_layers(layers: Literal["all"] | Sequence[int], depth: int, model: str = "the model") -> list[int]:
@@ -420,16 +364,11 @@ def checked_layers(layers: Literal["all"] | Sequence[int], depth: int, model: st
     return chosen
 
 
-def checked_length(max_length: int | None, positions: int, reading: Reading) -> int:
-    """How many tokens of a conversation are looked at: `positions` at most, with None all ("paper": 2047)."""
-    if reading not in ("clean", "paper"):
-        raise InputError(f"reading {reading!r}: choose clean or paper")
-    return min(positions, max_length or (PAPER_MAX_LENGTH if reading == "paper" else positions))
-
-
-def digest(what) -> str:
-    """12 hex digits of sha256 over anything that JSON can write."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+def checked_length(max_length: int | None, positions: int, variant: Variant) -> int:
+    """How many tokens of a conversation are looked at: `positions` at most, with None all ("authors_code": 2047)."""
+    if variant not in ("standard", "authors_code"):
+        raise InputError(f"variant {variant!r}: choose standard or authors_code")
+    return min(positions, max_length or (AUTHORS_MAX_LENGTH if variant == "authors_code" else positions))
 
 
 def _template_hash(tokenizer) -> str:

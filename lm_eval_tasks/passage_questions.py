@@ -8,29 +8,30 @@ from datasets import Dataset
 from ctxlib.conversations import Question
 from ctxlib.metrics import ANSWER_METRICS, QUAC_METRICS, score_answers
 from ctxlib.params import InputError
-from ctxlib.qa import load_questions
+from ctxlib.questions.qa import load_questions
 
 
 def documents(
     dataset: str,
     prompt: str = "instruction",
     indicator: str = "",
-    reading: str = "clean",
+    variant: str = "standard",
     split: str = "validation",
     **metadata: Any,
 ) -> dict[str, Dataset]:
     """All questions of a `dataset` (squad, quac, drop) as the harness's documents: id, kind, messages and annotations.
 
     They come from the official JSON file or the hub's `owner/name` that `metadata` holds under the dataset's name, of
-    the hub's its `split`; `prompt` and `reading` are those of `ctxlib.qa.load_questions`. The `indicator` stands
-    right behind the last message. The command line gives `--metadata '{"squad": "dev-v1.1.json", "reading": "paper"}'`.
+    the hub's its `split`; `prompt` and `variant` are those of `ctxlib.questions.qa.load_questions`. The `indicator`
+    stands right behind the last message. The command line gives `--metadata '{"squad": "dev-v1.1.json", "variant":
+    "authors_code"}'`.
 
-    Raises InputError for an unknown reading, a source that cannot be read, and one of another dataset.
+    Raises InputError for an unknown variant, a source that cannot be read, and one of another dataset.
     """
-    if reading not in ("clean", "paper"):
-        raise InputError(f"metadata reading: expected clean or paper, got {reading!r}")
+    if variant not in ("standard", "authors_code"):
+        raise InputError(f"metadata variant: expected standard or authors_code, got {variant!r}")
     source = metadata[dataset]
-    questions = load_questions(source, prompt=prompt, reading=reading, split=split)
+    questions = load_questions(source, prompt=prompt, variant=variant, split=split)
     if not (kind := questions[0].kind).startswith(dataset):
         raise InputError(f"metadata {dataset}: {source} holds questions of {kind}; name a source of {dataset}")
     return {"validation": Dataset.from_list([_document(question, indicator) for question in questions])}
@@ -44,7 +45,7 @@ def _document(question: Question, indicator: str) -> dict[str, Any]:
 
 
 def scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The metrics of one answer, each in [0, 1]: the `clean` ones, and `containment_paper`, the paper's containment.
+    """The metrics of one answer, each in [0, 1]: the `standard` ones, and `containment_authors_code`.
 
     A metric that the dataset's official script does not give this question is left out, so that it has no share in the
     mean. Reference: `ctxlib.metrics.score_answers`.
@@ -52,6 +53,8 @@ def scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     golds, annotations = tuple(doc["answers"]), tuple(map(tuple, doc["annotations"]))
     question = Question(doc["id"], "qa", doc["kind"], (), answers=golds, annotations=annotations)
     answer = pd.DataFrame({"id": [question.id], "answer": [results[0].strip()]})
-    clean, paper = (score_answers(answer, [question], reading=reading).iloc[0] for reading in ("clean", "paper"))
-    asked = clean.reindex([*ANSWER_METRICS, *QUAC_METRICS]).dropna()
-    return {**asked.astype(float).to_dict(), "containment_paper": float(paper["containment"])}
+    standard, authors_code = (
+        score_answers(answer, [question], variant=variant).iloc[0] for variant in ("standard", "authors_code")
+    )
+    asked = standard.reindex([*ANSWER_METRICS, *QUAC_METRICS]).dropna()
+    return {**asked.astype(float).to_dict(), "containment_authors_code": float(authors_code["containment"])}

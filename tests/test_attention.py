@@ -38,14 +38,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ctxlib.attention import (
-    _grouped_pattern,
-    patch_outputs,
-    record_allocation,
-    record_outputs,
-    steer_attention,
-    verify_recording,
-)
+from ctxlib.attention import patch_outputs, record_allocation, record_outputs, steer_attention, verify_recording
+from ctxlib.attention.record import _grouped_pattern
 from ctxlib.params import InputError
 from ctxlib.roles import ROLES
 
@@ -204,7 +198,7 @@ def real(tensor, mask):
 @pytest.fixture(params=["riding", "beside"])
 def way(request, monkeypatch):
     """The two ways to record: as columns of the values, or beside the model's own attention."""
-    monkeypatch.setattr("ctxlib.attention._Wanted.rides", lambda *_: request.param == "riding")
+    monkeypatch.setattr("ctxlib.attention.record._Wanted.rides", lambda *_: request.param == "riding")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -306,11 +300,11 @@ def test_chosen_rows_are_those_rows_of_all():
 
 
 def test_block_size_does_not_matter(monkeypatch):
-    monkeypatch.setattr("ctxlib.attention._Wanted.rides", lambda *_: False)
+    monkeypatch.setattr("ctxlib.attention.record._Wanted.rides", lambda *_: False)
     model = llama()
     ids, roles, mask = batch("left")
     whole = [recorded(model, ids, roles, m, rows="all") for m in (mask, None)]
-    monkeypatch.setattr("ctxlib.attention._BLOCK_ELEMENTS", 4 * 2 * 12 * 5)
+    monkeypatch.setattr("ctxlib.attention.record._BLOCK_ELEMENTS", 4 * 2 * 12 * 5)
     for found, m in zip(whole, (mask, None), strict=True):
         torch.testing.assert_close(recorded(model, ids, roles, m, rows="all"), found, atol=1e-6, rtol=0)
 
@@ -487,7 +481,7 @@ def test_paper_reading_compounds_over_the_layers():
     model = llama()
     ids, roles, mask = batch("left")
     expected = reweighted_logits(model, ids, mask, roles == 2, [0.8, 0.8**2, 0.8**3])
-    found = logits_of(model, ids, mask, steer_attention(model, roles == 2, 0.8, reading="paper"))
+    found = logits_of(model, ids, mask, steer_attention(model, roles == 2, 0.8, variant="authors_code"))
     torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
 
 
@@ -521,8 +515,8 @@ def test_heads_that_are_not_steered_keep_their_attention_to_the_bit(steering_alp
 def test_alpha_zero_leaves_no_attention_where_a_key_to_keep_is_seen(dtype):
     model = llama().to(dtype)
     ids, roles, mask = batch()
-    for reading in ("clean", "paper"):
-        with steer_attention(model, roles != 2, 0, reading=reading):
+    for variant in ("standard", "authors_code"):
+        with steer_attention(model, roles != 2, 0, variant=variant):
             forbidden = recorded(model, ids, roles, mask, rows="all")[..., 2]
         seen = ((roles != 2) & (roles >= 0)).cumsum(dim=1) > 0
         assert (forbidden.transpose(2, 3)[:, seen] == 0).all()
@@ -555,8 +549,8 @@ def test_queries_of_generated_tokens_are_steered():
 def test_alpha_one_changes_nothing():
     model = llama()
     ids, roles, mask = batch("left")
-    for reading in ("clean", "paper"):
-        steered = logits_of(model, ids, mask, steer_attention(model, roles == 2, 1.0, reading=reading))
+    for variant in ("standard", "authors_code"):
+        steered = logits_of(model, ids, mask, steer_attention(model, roles == 2, 1.0, variant=variant))
         assert torch.equal(real(steered, mask), real(logits_of(model, ids, mask), mask))
 
 
@@ -590,15 +584,17 @@ def test_recording_sees_the_steered_attention(recorder_outside):
     torch.testing.assert_close((first or second).allocation, expected, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("reading", "steer_generated"), [("clean", None), ("clean", False), ("paper", None)])
-def test_steered_generation_is_the_greedy_loop_with_full_recompute(reading, steer_generated):
+@pytest.mark.parametrize(
+    ("variant", "steer_generated"), [("standard", None), ("standard", False), ("authors_code", None)]
+)
+def test_steered_generation_is_the_greedy_loop_with_full_recompute(variant, steer_generated):
     model = llama()
     ids, roles, mask = batch("left", lengths=(8, 5))
-    keep, weights = roles == 2, [ALPHA] * 3 if reading == "clean" else [ALPHA, ALPHA**2, ALPHA**3]
-    with steer_attention(model, keep, ALPHA, reading=reading, steer_generated=steer_generated):
+    keep, weights = roles == 2, [ALPHA] * 3 if variant == "standard" else [ALPHA, ALPHA**2, ALPHA**3]
+    with steer_attention(model, keep, ALPHA, variant=variant, steer_generated=steer_generated):
         options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
         out = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
-    generated_kept = reading == "paper" or steer_generated is False
+    generated_kept = variant == "authors_code" or steer_generated is False
     for step in range(6):
         logits = reweighted_logits(model, ids, mask, keep, weights)[:, -1]
         torch.testing.assert_close(out.logits[step], logits, atol=3e-5, rtol=1e-4)

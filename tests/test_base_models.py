@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ctxlib import base_models, trials
-from ctxlib.base_models import SHIPPED, model_table, pretrained, scaled
+from ctxlib.evidence import base_models, trials
+from ctxlib.evidence.base_models import SHIPPED, model_table, pretrained, scaled
 from ctxlib.miniature import MODELS
 from ctxlib.miniature.pretrain import build_model
 from ctxlib.miniature.tokenizer import build_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlib import comparison, paper
+from ctxlib import paper
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.params import InputError, load_params
 
@@ -73,7 +73,7 @@ def matching(tmp_path) -> Path:
 
 
 def test_a_run_of_the_paper_stands_in_its_row_with_the_difference(matching):
-    beside = comparison.compare(comparison.experiments(matching.parent))
+    beside = paper.compare(paper.experiments(matching.parent))
     row = {"dataset": "ShareGPT", "model": "TinyLlama", "experiment": "tinyllama-sharegpt"}
     vanilla = cell(beside, table="3", condition=VANILLA, metric="nih", **row)
     assert (vanilla.paper, vanilla.ours, vanilla.n, vanilla.seed) == (0.9846, 0.95, 400, 42)
@@ -81,7 +81,7 @@ def test_a_run_of_the_paper_stands_in_its_row_with_the_difference(matching):
     assert (vanilla.ci_low, vanilla.ci_high) == pytest.approx((0.93, 0.97))
     squad = cell(beside, table="3", condition=INDICATED, metric="squad", **row)
     assert squad.difference == pytest.approx(0.64 - 0.6205)
-    assert squad.note == "qa.reading clean"
+    assert squad.note == "qa.variant standard"
     assert cell(beside, table="9", threshold=0.6, metric="squad", **row).difference == pytest.approx(0.64 - 0.6144)
     assert cell(beside, table="9", threshold=1.0, metric="drop", **row).difference == pytest.approx(0.30 - 0.2739)
     fraction = cell(beside, table="10", threshold=0.6, dataset="ShareGPT")
@@ -89,13 +89,13 @@ def test_a_run_of_the_paper_stands_in_its_row_with_the_difference(matching):
     data = cell(beside, table="2", metric="conversations", dataset="ShareGPT")
     assert (data.ours, data.difference) == (93_600, -45)
     assert data.note == "conversations.n None, models.seed_model ucla-cmllab/tinyllama-sft-vicuna-full"
-    assert beside.paper.notna().sum() == len(paper.tables())  # every cell once, measured or not
+    assert beside.paper.notna().sum() == len(paper.every_table())  # every cell once, measured or not
     assert beside.ours.notna().sum() == 2 + 6 + 6 + 1 + 1
 
 
 def test_needles_counted_another_way_have_no_difference_and_the_note_says_so(tmp_path):
     write(tmp_path, "tinyllama-sharegpt.yaml", {"evaluation": evaluation("recalled")})
-    rows = comparison.ours_in(comparison.compare(comparison.experiments(tmp_path)), 3)
+    rows = paper.ours_in(paper.compare(paper.experiments(tmp_path)), 3)
     assert list(rows.ours) == [0.95, 0.97] and list(rows.paper) == [0.9846, 0.9921]
     assert "difference" not in rows and rows.note.str.contains("all keywords").all()
 
@@ -107,58 +107,58 @@ def test_a_run_cut_short_says_in_what_it_departs_from_the_paper(tmp_path):
         {"evaluation": evaluation()},
         **{"finetune.steps": 10, "finetune.epochs": None, "conversations.n": 100, "finetune.batch_size": 2},
     )
-    (found,) = comparison.experiments(tmp_path)
+    (found,) = paper.experiments(tmp_path)
     told = ["conversations.n 100 (paper: None)", "finetune.steps 10 (paper: None)"]
     told += ["finetune.epochs None (paper: 1.0)", "batch 16 (paper: 128)"]
-    assert comparison.departures(found) == told
-    assert set(comparison.ours_in(comparison.compare([found]), 3).note) == {"; ".join([*told, "needle.reading clean"])}
+    assert paper.departures(found) == told
+    assert set(paper.ours_in(paper.compare([found]), 3).note) == {"; ".join([*told, "needle.variant standard"])}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*llama*-*.yaml")), ids=lambda path: path.stem)
 def test_the_nine_params_files_depart_in_nothing(path, tmp_path):
     write(tmp_path, path.name, {})
-    (found,) = comparison.experiments(tmp_path)
-    assert found.is_a_row and comparison.departures(found) == []
+    (found,) = paper.experiments(tmp_path)
+    assert found.is_a_row and paper.departures(found) == []
 
 
 def test_other_models_are_shown_below_the_papers_rows_without_a_difference(tmp_path):
     changed = values(task="qa", metric="containment", condition=[VANILLA, INDICATED], template="on", value=[0.5, 0.9])
     of_town = passages().assign(dataset="unknown").iloc[:2]
     write(tmp_path, "miniature.yaml", {"evaluation": pd.concat([evaluation(), changed]), "passages": of_town})
-    found = comparison.experiments(tmp_path)
+    found = paper.experiments(tmp_path)
     assert not found[0].is_a_row
-    beside = comparison.compare(found)
+    beside = paper.compare(found)
     ours = beside[beside.experiment == "miniature"]
     assert ours.paper.isna().all() and ours.difference.isna().all()
     assert set(ours.metric[ours.table == "3"]) == {"nih", "unknown", "passages"}
     of_table_3 = beside[beside.table == "3"]
     assert of_table_3.paper.notna().to_numpy().argmin() == 100  # below all of the paper's
-    pairs = comparison.pairs(beside)
+    pairs = paper.pairs(beside)
     assert set(pairs.panel[pairs.side == "miniature"]) == {"NIH", "passages"}
     assert pairs.row[pairs.side == "paper"].nunique() == 9
 
 
 def test_an_experiment_of_which_little_ran_has_fewer_rows_and_nothing_else(matching):
-    whole = comparison.compare(comparison.experiments(matching.parent))
+    whole = paper.compare(paper.experiments(matching.parent))
     (matching / "tables" / "passages.csv").unlink()
-    partial = comparison.compare(comparison.experiments(matching.parent))
+    partial = paper.compare(paper.experiments(matching.parent))
     kept = partial.dropna(subset="ours")
     assert len(kept) == whole.ours.notna().sum() - 12
     for table in (matching / "tables").iterdir():
         table.unlink()
-    found = comparison.experiments(matching.parent)
-    assert comparison.compare(found).ours.isna().all()
-    assert set(comparison.directions(found).agrees) == {"not measured"}
-    assert set(comparison.recall_errors(found).side) == {"paper"}
-    assert comparison.gather(found, "scores").empty
+    found = paper.experiments(matching.parent)
+    assert paper.compare(found).ours.isna().all()
+    assert set(paper.directions(found).agrees) == {"not measured"}
+    assert set(paper.recall_errors(found).side) == {"paper"}
+    assert paper.gather(found, "scores").empty
 
 
 def test_no_experiment_at_all_leaves_the_paper(tmp_path):
-    assert comparison.experiments(tmp_path) == comparison.experiments(tmp_path / "nothing") == []
-    beside = comparison.compare([])
-    assert len(beside) == len(paper.tables()) and beside.ours.isna().all()
-    assert set(comparison.directions([]).agrees) == {"not measured"}
-    assert set(comparison.pairs(beside).side) == {"paper"}
+    assert paper.experiments(tmp_path) == paper.experiments(tmp_path / "nothing") == []
+    beside = paper.compare([])
+    assert len(beside) == len(paper.every_table()) and beside.ours.isna().all()
+    assert set(paper.directions([]).agrees) == {"not measured"}
+    assert set(paper.pairs(beside).side) == {"paper"}
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,17 @@ def test_a_broken_manifest_is_named(matching, content, says):
     with pytest.raises(
         InputError, match=rf"tinyllama-sharegpt/manifest\.json: not a manifest .*{says}.*run the experiment"
     ):
-        comparison.experiments(matching.parent)
+        paper.experiments(matching.parent)
 
 
 def test_a_table_that_lacks_a_column_or_is_empty_is_named(matching):
     table = matching / "tables" / "passages.csv"
     passages().drop(columns="dataset").to_csv(table, index=False)
     with pytest.raises(InputError, match=r"passages\.csv: no column 'dataset'; run the notebook"):
-        comparison.experiments(matching.parent)
+        paper.experiments(matching.parent)
     table.write_text("")
     with pytest.raises(InputError, match=r"passages\.csv: not a table"):
-        comparison.experiments(matching.parent)
+        paper.experiments(matching.parent)
 
 
 def test_a_setting_that_an_old_manifest_lacks_is_named(matching):
@@ -193,7 +193,7 @@ def test_a_setting_that_an_old_manifest_lacks_is_named(matching):
     del manifest["params"]["scoring"]["layer"]
     (matching / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"manifest\.json: params: no key 'scoring\.layer'; run the experiment again"):
-        comparison.compare(comparison.experiments(matching.parent))
+        paper.compare(paper.experiments(matching.parent))
 
 
 def test_the_unpaired_interval_is_newcombes():
@@ -202,10 +202,10 @@ def test_the_unpaired_interval_is_newcombes():
 
     rows = [(side, "x", hits / n, *wilson_interval(hits, n), n) for side, hits, n in (("a", 56, 70), ("b", 48, 80))]
     frame = pd.DataFrame(rows, columns=["side", "by", "value", "ci_low", "ci_high", "n"])
-    (row,) = comparison.minus(frame, "side", "a", "b", ["by"]).itertuples()
+    (row,) = paper.minus(frame, "side", "a", "b", ["by"]).itertuples()
     assert (row.value, row.ci_low, row.ci_high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     assert row.n == 70
-    assert comparison.minus(frame, "side", "a", "nobody", ["by"]).empty
+    assert paper.minus(frame, "side", "a", "nobody", ["by"]).empty
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_direction_agrees_only_where_the_interval_lies_on_one_side(tmp_path, v
     )
     change.loc[1, "value"] = 9.0  # another comparison
     write(tmp_path, "miniature.yaml", {"evaluation_changes": change})
-    row = cell(comparison.directions(comparison.experiments(tmp_path)), key=f"indicator_{key}")
+    row = cell(paper.directions(paper.experiments(tmp_path)), key=f"indicator_{key}")
     assert (row.agrees, row.value, row.interval) == (agrees, value, "paired")
 
 
@@ -235,7 +235,7 @@ def test_directions_of_the_template_of_steering_and_of_the_layers(tmp_path):
     )
     cures = values(
         treatment=["steering α=0.95", "indicator SFT, [IND]"] * 2,
-        reading=["mean over heads"] * 2 + ["retrieval head"] * 2,
+        variant=["mean over heads"] * 2 + ["retrieval head"] * 2,
         layer=3,
         value=[0.3, 0.1, 0.3, 0.1],
     )
@@ -247,7 +247,7 @@ def test_directions_of_the_template_of_steering_and_of_the_layers(tmp_path):
     )
     pairs = [(a, b) for a in range(6) for b in range(6)]
     agreement = pd.DataFrame(pairs, columns=["layer", "other_layer"]).assign(
-        reading="top 10 % (the paper's text)", n=50
+        variant="top 10 % (the paper's text)", n=50
     )
     agreement["disagreement"] = np.where(agreement.layer + agreement.other_layer == 5, 0.2, 0.8)
     tables = {
@@ -257,7 +257,7 @@ def test_directions_of_the_template_of_steering_and_of_the_layers(tmp_path):
         "attention_shift": shift,
     }
     write(tmp_path, "miniature.yaml", tables | {"layer_agreement": agreement})
-    rows = comparison.directions(comparison.experiments(tmp_path)).set_index("key")
+    rows = paper.directions(paper.experiments(tmp_path)).set_index("key")
     told = rows[rows.agrees != "not measured"]
     assert told.agrees.to_dict() == {
         "template_below_pretrained": "yes",
@@ -279,7 +279,7 @@ def test_figure_2_is_the_complement_of_table_7_and_of_our_recall(tmp_path):
         condition=[paper.IN_TEMPLATE] * 2, kind="unknown", prefix=[True, False], metric="recalled", value=[0.6, 0.1]
     )
     write(tmp_path, "miniature.yaml", {"needle_recall": recall})
-    errors = comparison.recall_errors(comparison.experiments(tmp_path))
+    errors = paper.recall_errors(paper.experiments(tmp_path))
     theirs = errors[errors.side == "paper"].set_index(["model", "condition"])
     assert len(theirs) == 8 * 3
     mistral = theirs.loc[("mistral-v0.3", paper.IN_TEMPLATE)]
@@ -299,7 +299,7 @@ def test_an_official_model_stands_in_its_row_of_table_7(tmp_path):
     )
     overrides = {"models.instruct": "google/gemma-2-9b-it", "models.pretrained": "google/gemma-2-9b"}
     write(tmp_path, "tinyllama-sharegpt.yaml", {"needle_recall": recall}, **overrides)
-    beside = comparison.compare(comparison.experiments(tmp_path))
+    beside = paper.compare(paper.experiments(tmp_path))
     row = {"table": "7", "model": "gemma-2-9b", "metric": "nih"}
     assert cell(beside, condition=paper.IN_TEMPLATE, **row).difference == pytest.approx(0.9 - 0.9803)
     assert cell(beside, condition=paper.WITHOUT_PREFIX, **row).difference == pytest.approx(0.8 - 0.9872)
@@ -308,7 +308,7 @@ def test_an_official_model_stands_in_its_row_of_table_7(tmp_path):
 def test_an_official_model_beside_another_models_base_stands_in_no_row(tmp_path):
     recall = values(condition=[paper.PRETRAINED], kind="text", prefix=[True], metric="needle_recall", value=[0.9])
     write(tmp_path, "tinyllama-sharegpt.yaml", {"needle_recall": recall}, **{"models.instruct": "google/gemma-2-9b-it"})
-    (row,) = comparison.ours_in(comparison.compare(comparison.experiments(tmp_path)), 7).itertuples()
+    (row,) = paper.ours_in(paper.compare(paper.experiments(tmp_path)), 7).itertuples()
     assert row.model == "google/gemma-2-9b-it" and not hasattr(row, "paper")
 
 
@@ -316,10 +316,10 @@ def test_two_experiments_in_one_row_are_both_there(matching):
     again = shutil.copytree(matching, matching.parent / "again")
     manifest = json.loads((again / "manifest.json").read_text()) | {"experiment": "again"}
     (again / "manifest.json").write_text(json.dumps(manifest))
-    beside = comparison.compare(comparison.experiments(matching.parent))
+    beside = paper.compare(paper.experiments(matching.parent))
     rows = beside[(beside.table == "3") & (beside.metric == "nih") & beside.ours.notna()]
     assert list(rows.experiment) == ["again", "tinyllama-sharegpt"] * 2
-    assert comparison.pairs(beside).query("side == 'paper' and panel == 'NIH'").shape[0] == 18
+    assert paper.pairs(beside).query("side == 'paper' and panel == 'NIH'").shape[0] == 18
 
 
 def test_a_corpus_is_counted_in_conversations_answers_and_tokens_of_their_texts(tokenizer):
@@ -327,7 +327,7 @@ def test_a_corpus_is_counted_in_conversations_answers_and_tokens_of_their_texts(
     short = [Message("system", "s"), Message("user", "é"), Message("assistant", "!"), Message("user", "unanswered")]
     dropped = pd.DataFrame({"reason": ["empty turn"], "n": [3]})
     corpus = Corpus((Conversation("1", tuple(turns)), Conversation("2", tuple(short))), dropped, "made")
-    both = comparison.dataset_counts(corpus, tokenizer)
+    both = paper.dataset_counts(corpus, tokenizer)
     assert cell(both, dataset="ShareGPT", metric="instructions")["value"] == 331_722
     counts = both[both["dataset"] == "ours"].set_index("metric")["value"]
     byte_level = (len("abcdefghij") + len("sé!unanswered".encode())) / 2
@@ -338,5 +338,5 @@ def test_a_corpus_is_counted_in_conversations_answers_and_tokens_of_their_texts(
         "dropped: empty turn": 3,
     }
     assert all(isinstance(value, int) for value in counts.iloc[1:])
-    nothing = comparison.dataset_counts(Corpus((), dropped, "made"), tokenizer)
+    nothing = paper.dataset_counts(Corpus((), dropped, "made"), tokenizer)
     assert np.isnan(cell(nothing, dataset="ours", metric="tokens_per_conversation")["value"])

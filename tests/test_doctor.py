@@ -37,12 +37,12 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from ctxlib import cli, doctor
+from ctxlib.commands import cli, doctor
+from ctxlib.commands.doctor import CONVERSATIONS, Check, examine, open_patient, show
+from ctxlib.commands.doctor.display import role_strip
+from ctxlib.commands.doctor.layer import Answer, answer_attention, rank_correlation
+from ctxlib.commands.doctor.talk import TALK, with_odd_text
 from ctxlib.conversations import Corpus, Message, load_conversations
-from ctxlib.doctor import CONVERSATIONS, Check, examine, open_patient, show
-from ctxlib.doctor.display import role_strip
-from ctxlib.doctor.layer import Answer, answer_attention, rank_correlation
-from ctxlib.doctor.talk import TALK, with_odd_text
 from ctxlib.paper import paper_layer
 from ctxlib.params import InputError
 from ctxlib.roles import RoleMap, role_map

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ctxlib.downloads import check_is_itself, check_safetensors, read_json, read_json_object
+from ctxlib.files import check_is_itself, check_safetensors, read_json, read_json_object
 from ctxlib.params import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

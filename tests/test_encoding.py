@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import ctxlib.encoding
+import ctxlib.roles.encoding
 from ctxlib.conversations import Message
-from ctxlib.encoding import encode
 from ctxlib.params import InputError
-from ctxlib.rendering import Rendering
-from ctxlib.roles import Role, role_map
+from ctxlib.roles import Rendering, Role, encode, role_map
 
 MARKERS = ["<user>", "<bot>", "<end>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -151,7 +149,7 @@ def test_the_latest_twins_are_remembered_only():
     tokenizer = with_markers(by_score())
     for n in range(40):
         encode(tokenizer, rendering([("a", True)])[0], f"<user>{n}")
-    assert len(ctxlib.encoding._made[tokenizer]) <= 2 * ctxlib.encoding._REMEMBERED
+    assert len(ctxlib.roles.encoding._made[tokenizer]) <= 2 * ctxlib.roles.encoding._REMEMBERED
 
 
 def test_a_text_full_of_noncharacters_is_refused(tokenizer):

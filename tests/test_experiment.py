@@ -40,11 +40,11 @@ def test_the_first_response_token_is_read_at_the_prompts_end_or_at_the_prefixs(n
 def test_without_a_response_prefix_both_first_response_tokens_are_the_same(needles):
     tokenizer, questions = needles
     bare = [replace(question, response_prefix="") for question in questions[:3]]
-    readings = [
+    variants = [
         experiment.prompts(tokenizer, bare, template=True, first_response_token=token)
         for token in ("last_input", "forced_prefix")
     ]
-    for one, other in zip(*readings, strict=True):
+    for one, other in zip(*variants, strict=True):
         assert one.ids.tolist() == other.ids.tolist()
 
 

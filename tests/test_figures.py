@@ -94,7 +94,7 @@ DRAWN = {
     "scores_by_truth": lambda: figures.score_histogram(SCORES, truth="truth", threshold=0.6),
     "scores_by_kind": lambda: figures.scores_by_kind(SCORES, truth="truth", kind="dataset", threshold=0.6),
     "agreement_panels": lambda: figures.layer_agreement(
-        pd.concat([AGREEMENT.assign(reading="paper"), AGREEMENT.assign(reading="$x")]), panel="reading"
+        pd.concat([AGREEMENT.assign(variant="authors_code"), AGREEMENT.assign(variant="$x")]), panel="variant"
     ),
     "agreement": lambda: figures.layer_agreement(AGREEMENT),
     "lengths": lambda: figures.length_histograms(SCORES),
@@ -106,7 +106,7 @@ DRAWN = {
         auc={0: 0.5, 1: 0.7, 2: 0.9}, chosen_layer=1, threshold=0.5, n=80,
     ),
     "auc": lambda: figures.layer_auc(values(layer=range(6)), chosen_layer=3),
-    "auc_readings": lambda: figures.layer_auc(values(layer=range(6), reading=["clean", "paper"]), hue="reading"),
+    "auc_variants": lambda: figures.layer_auc(values(layer=range(6), variant=["standard", "its"]), hue="variant"),
     "curves": lambda: figures.curves_over_seeds(RUNS, RUNS, x="dose", panel="panel", xlabel="dose (share of turns)"),
     "curves_log": lambda: figures.curves_over_seeds(
         RUNS.assign(dose=RUNS.dose + 1), RUNS.assign(dose=RUNS.dose + 1), x="dose", xlabel="dose (share)", log="xy",

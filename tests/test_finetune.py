@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from transformers import trainer as trainer_module
 
-from ctxlib import cli
-from ctxlib import finetune as finetune_module
+from ctxlib.commands import cli
 from ctxlib.conversations import Corpus, save_conversations
-from ctxlib.finetune import add_lora, export_merged, finetune, make_trainer
-from ctxlib.labels import training_examples
+from ctxlib.finetune import add_lora, export_merged, finetune, make_trainer, training_examples
+from ctxlib.finetune import training as finetune_module
 from ctxlib.models import load_model, load_tokenizer, set_indicator_row
 from ctxlib.params import InputError
 
@@ -67,10 +66,12 @@ def test_fresh_adapter_leaves_logits_unchanged(model_folder, tokenizer):
         assert torch.equal(logits(add_lora(model, indicator_id=len(tokenizer))), before)
 
 
-@pytest.mark.parametrize(("reading", "freeze_indicator"), [("clean", False), ("clean", True), ("paper", False)])
+@pytest.mark.parametrize(
+    ("variant", "freeze_indicator"), [("standard", False), ("standard", True), ("authors_code", False)]
+)
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_only_the_indicators_input_row_is_trained_and_none_where_it_is_frozen_or_in_the_paper(
-    model, model_folder, tokenizer, conversations, tmp_path, reading, freeze_indicator, method
+    model, model_folder, tokenizer, conversations, tmp_path, variant, freeze_indicator, method
 ):
     out_dir = tmp_path / "out"
     finetune(
@@ -80,7 +81,7 @@ def test_only_the_indicators_input_row_is_trained_and_none_where_it_is_frozen_or
         out_dir=out_dir,
         method=method,
         indicator="[IND]",
-        reading=reading,
+        variant=variant,
         freeze_indicator=freeze_indicator,
         **QUICK,
     )
@@ -90,7 +91,7 @@ def test_only_the_indicators_input_row_is_trained_and_none_where_it_is_frozen_or
     assert torch.equal(new_in[:-1], old_in) and torch.equal(new_out[:-1], old_out)
     torch.testing.assert_close(new_out[-1], old_out.mean(0))
     distance = (new_in[-1] - old_in.mean(0)).abs().max()
-    assert distance < 1e-6 if freeze_indicator or reading == "paper" else distance > 0.05
+    assert distance < 1e-6 if freeze_indicator or variant == "authors_code" else distance > 0.05
     assert load_tokenizer(out_dir).convert_tokens_to_ids("[IND]") == len(tokenizer)
     assert "[IND]" not in tokenizer.get_vocab()
 
@@ -356,7 +357,7 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         ({"conversations": [conversation("only a question")]}, r"no supervised token \(give assistant messages"),
         ({"indicator": "A"}, "in the vocabulary"),
         ({"method": "dora"}, "expected one of full, lora, qlora"),
-        ({"reading": "free"}, "expected one of clean, paper"),
+        ({"variant": "free"}, "expected one of standard, authors_code"),
         ({"epochs": 1}, "exactly one of steps and epochs"),
         ({"batch_size": 0}, "expected a positive number"),
         ({"freeze_indicator": True}, "freeze_indicator needs an indicator"),
@@ -431,7 +432,7 @@ def command(model_folder, conversations, tmp_path):
     save_conversations(Corpus(tuple(conversations), nothing, "test"), tmp_path / "marked.jsonl")
     named = {"model": model_folder, "data": tmp_path / "marked.jsonl", "indicator": "[IND]", "learning_rate": 0.01}
     arguments = [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["-m", "ctxlib.cli", "finetune", *arguments]
+    return ["-m", "ctxlib", "finetune", *arguments]
 
 
 def start(*arguments):

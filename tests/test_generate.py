@@ -145,7 +145,7 @@ def test_every_condition_has_a_cache_file_of_its_own(model, tokenizer, tmp_path)
 
     changes = [{}, {"template": False}, {"indicator": "[IND]"}, {"use_prefix": True}, {"max_new_tokens": 3}]
     changes += [{"stop_text": "\n"}, {"model_key": "other"}, {"steering_alpha": 0.5}, {"steering_alpha": 0.1}]
-    changes += [{"steering_alpha": 0.1, "steering_options": {"reading": "paper"}}]
+    changes += [{"steering_alpha": 0.1, "steering_options": {"variant": "authors_code"}}]
     assert [run(**change) for change in changes] == list(range(1, len(changes) + 1))
     assert run() == len(changes)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))

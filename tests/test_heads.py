@@ -9,12 +9,13 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from ctxlib import experiment, heads, trials
+from ctxlib import experiment
 from ctxlib.conversations import Message
+from ctxlib.evidence import heads, trials
+from ctxlib.evidence.trials import PRETRAINED, RAW, TEMPLATE
 from ctxlib.generate import answer_questions
-from ctxlib.needle import needle_attention
 from ctxlib.params import InputError
-from ctxlib.trials import PRETRAINED, RAW, TEMPLATE
+from ctxlib.questions.needle import needle_attention
 
 SMALL = Path(__file__).resolve().parents[1] / "params" / "smoke-evidence.yaml"
 ASKED = {"raw": RAW, "template": TEMPLATE}
@@ -107,13 +108,13 @@ def test_steering_weighs_down_all_but_the_users_tokens(params, questions, reader
 
 
 def test_with_all_outputs_of_another_condition_the_same_model_says_what_it_says_there(params, questions, readers):
-    reading = readers["template"]
+    reader = readers["template"]
     bare = [replace(one, messages=(Message("user", one.messages[0].content.split("\n")[1]),)) for one in questions]
     blind = heads.reader(params, PRETRAINED, TEMPLATE, bare)
-    patched = heads.recalled(reading, heads.with_outputs(reading.heads, heads.outputs(blind)))
+    patched = heads.recalled(reader, heads.with_outputs(reader.heads, heads.outputs(blind)))
     assert patched.equals(heads.recalled(blind)) and patched.value.mean() < 0.2
-    own = heads.with_outputs(reading.heads, heads.outputs(reading))
-    assert heads.recalled(reading, own).equals(heads.recalled(reading))
+    own = heads.with_outputs(reader.heads, heads.outputs(reader))
+    assert heads.recalled(reader, own).equals(heads.recalled(reader))
 
 
 def test_the_halves_have_every_kind_length_and_depth_alike(params):

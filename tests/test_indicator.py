@@ -42,7 +42,7 @@ def corpus():
 
 def scores_of(*rows, layer=2):
     frame = pd.DataFrame(rows, columns=["conversation", "turn", "score"])
-    return frame.assign(layer=layer, reading="clean", seed_model="m")
+    return frame.assign(layer=layer, variant="standard", seed_model="m")
 
 
 SCORES = scores_of(("p", 1, 0.6), ("p", 2, 0.61), ("q", 1, 0.9), ("r", 1, 0.1))
@@ -97,7 +97,7 @@ def test_the_example_shows_marked_and_unmarked_turns_if_there_are_such(corpus):
 
 
 def test_paper_reading_ends_every_scored_turn_with_a_full_stop(corpus):
-    marked = mark(corpus, SCORES[SCORES.conversation != "q"], 0.6, layer=2, reading="paper")
+    marked = mark(corpus, SCORES[SCORES.conversation != "q"], 0.6, layer=2, variant="authors_code")
     assert users(marked) == [("one.", False), ("two?", True), ("three", False), ("and?", False), ("[IND]", False)]
 
 

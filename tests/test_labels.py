@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from ctxlib.conversations import Message
-from ctxlib.labels import (
+from ctxlib.finetune import (
     audit,
     collate,
     label_audit,
@@ -37,9 +37,9 @@ def test_supervised_mask_matches_a_message_by_message_oracle(tokenizer):
         answer = message.role == "assistant"
         expected += [False] * len(f"<|{message.role}|>\n") + [answer] * len(message.content) + [answer, False]
     rendered = role_map(tokenizer, messages)
-    mask = supervised_mask(rendered, "clean")
+    mask = supervised_mask(rendered, "standard")
     assert mask[-len(expected) :].tolist() == expected and not mask[: -len(expected)].any()
-    assert supervised_mask(rendered, "paper").all()
+    assert supervised_mask(rendered, "authors_code").all()
     audit = label_audit(tokenizer, rendered, mask)
     assert "".join(audit.token[audit.supervised]) == "first\nanswer</s><|user|>\nsecond</s>"
     assert set(audit.role[audit.supervised]) == {"assistant", "template"}
@@ -63,7 +63,7 @@ def test_the_token_that_closes_an_answer_is_supervised_and_no_more(closing, turn
         roles=torch.tensor(roles),
         turns=torch.tensor([0, 1, 1, 1, 1, *turns]),
     )  # fmt: skip
-    assert supervised_mask(rendered, "clean", end_ids).tolist() == [False] * 3 + [True] * 2 + labelled
+    assert supervised_mask(rendered, "standard", end_ids).tolist() == [False] * 3 + [True] * 2 + labelled
 
 
 def test_label_counts_match_counting_by_hand(tokenizer, conversations):
@@ -92,7 +92,7 @@ def test_long_conversations_end_with_a_whole_answer_or_are_left_out(tokenizer, c
         assert counts["truncated"] == (answers != "abc") and counts["used"] == 1
     with pytest.raises(InputError, match="1 are longer than max_length"):
         training_examples(tokenizer, [conversation(*turns)], max_length=whole[0] - 1)
-    (example,), _ = training_examples(tokenizer, [conversation(*turns)], max_length=20, reading="paper")
+    (example,), _ = training_examples(tokenizer, [conversation(*turns)], max_length=20, variant="authors_code")
     assert len(example.input_ids) == 20 and torch.equal(example.labels, example.input_ids)
 
 

@@ -21,12 +21,12 @@ from ctxlib.metrics import score_answers
 from ctxlib.miniature import MODELS
 from ctxlib.miniature.texts import distinct_facts, passage
 from ctxlib.params import InputError, load_params
-from ctxlib.qa import load_questions
+from ctxlib.questions.qa import load_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "lm_eval_tasks"
 HUB = {"squad": "rajpurkar/squad", "quac": "allenai/quac", "drop": "EleutherAI/drop"}
-PROMPTS, INDICATORS, READINGS = ("instruction", "plain"), ("", "[IND]"), ("clean", "paper")
+PROMPTS, INDICATORS, VARIANTS = ("instruction", "plain"), ("", "[IND]"), ("standard", "authors_code")
 SCORES = ["exact_match", "token_f1", "unfiltered_f1", "human_f1", "human_equivalent", "containment"]
 
 
@@ -151,11 +151,11 @@ def test_every_function_that_a_task_names_is_there():
         assert name in {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-@pytest.mark.parametrize(("dataset", "prompt", "reading"), [*product(HUB, PROMPTS, READINGS)])
-def test_the_documents_are_ctxlibs_questions(sources, dataset, prompt, reading):
-    questions = load_questions(sources[dataset], prompt=prompt, reading=reading)
+@pytest.mark.parametrize(("dataset", "prompt", "variant"), [*product(HUB, PROMPTS, VARIANTS)])
+def test_the_documents_are_ctxlibs_questions(sources, dataset, prompt, variant):
+    questions = load_questions(sources[dataset], prompt=prompt, variant=variant)
     for indicator in INDICATORS:
-        metadata = {**sources, "version": 1, "pretrained": "./a/model", "reading": reading}
+        metadata = {**sources, "version": 1, "pretrained": "./a/model", "variant": variant}
         documents = passage_questions.documents(dataset, prompt, indicator, **metadata)["validation"]
         assert [doc["id"] for doc in documents] == [question.id for question in questions]
         for doc, question in zip(documents, questions, strict=True):
@@ -187,10 +187,10 @@ def test_an_answer_is_scored_as_by_score_answers(sources, dataset):
         other = questions[0].answers[0]
         for answer in (question.answers[0], f"{question.answers[-1]} ", f"No. {other}", "CANNOTANSWER", "13. 3", ""):
             frame = pd.DataFrame({"id": [question.id], "answer": [answer.strip()]})
-            clean, paper = (score_answers(frame, questions, reading=reading).iloc[0] for reading in READINGS)
+            clean, paper = (score_answers(frame, questions, variant=variant).iloc[0] for variant in VARIANTS)
             expected = {name: clean[name] for name in SCORES if name in clean and not np.isnan(clean[name])}
             scores = passage_questions.scores(doc, [answer])
-            assert scores == expected | {"containment_paper": paper["containment"]}
+            assert scores == expected | {"containment_authors_code": paper["containment"]}
             seen |= scores.keys()
     metrics = TASKS[dataset]["metric_list"]
     assert {metric["metric"] for metric in metrics} == seen
@@ -206,8 +206,8 @@ def test_a_question_that_the_quac_script_leaves_out_has_no_share_in_its_means(so
 def test_metadata_that_would_give_other_numbers_silently_is_refused(sources):
     with pytest.raises(InputError, match=r"metadata drop: .*squad\.json holds questions of squad; name a source of dr"):
         passage_questions.documents("drop", drop=sources["squad"])
-    with pytest.raises(InputError, match=r"metadata reading: expected clean or paper, got 'papr'"):
-        passage_questions.documents("squad", **sources, reading="papr")
+    with pytest.raises(InputError, match=r"metadata variant: expected standard or authors_code, got 'papr'"):
+        passage_questions.documents("squad", **sources, variant="papr")
     with pytest.raises(InputError, match=r"no\.json: no such file"):
         passage_questions.documents("squad", squad="./no.json")
 
@@ -220,18 +220,18 @@ def harness():
     return pytest.importorskip("lm_eval", reason="the extra 'lm-eval' is not installed: pip install -e '.[lm-eval]'")
 
 
-def ours(folder, sources, out, *, template, reading, prompt="instruction", indicator=None):
-    """Scored answers of ctxlib, a frame a dataset; `containment_paper` by the paper's reading."""
+def ours(folder, sources, out, *, template, variant, prompt="instruction", indicator=None):
+    """Scored answers of ctxlib, a frame a dataset; `containment_authors_code` by the paper's variant."""
     frames = {}
     model, tokenizer = models.load_model(folder, device="cpu"), models.load_tokenizer(folder)
     for dataset, source in sources.items():
         settings = {"qa.sources": [source], "qa.n": 1000, "qa.max_new_tokens": 100, "qa.prompt": prompt}
-        params = load_params(ROOT / "params/smoke.yaml", {**settings, "qa.reading": reading, "outputs": str(out)})
+        params = load_params(ROOT / "params/smoke.yaml", {**settings, "qa.variant": variant, "outputs": str(out)})
         questions = experiment.passage_questions(params)
         asking = {"condition": "", "model_key": models.model_hash(folder), "template": template, "indicator": indicator}
         said = experiment.ask(params, model, tokenizer, questions, **asking)[["id", "prompt", "answer"]]
-        clean, paper = (score_answers(said, questions, reading=reading) for reading in READINGS)
-        frames[dataset] = clean.assign(containment_paper=paper["containment"]).set_index("id")
+        clean, paper = (score_answers(said, questions, variant=variant) for variant in VARIANTS)
+        frames[dataset] = clean.assign(containment_authors_code=paper["containment"]).set_index("id")
     return frames
 
 
@@ -253,29 +253,29 @@ def assert_same(results, samples, frames, tokenizer, *, template, **variant):
 
 @pytest.mark.filterwarnings("ignore")  # the harness's and its dependencies'
 @pytest.mark.parametrize(
-    ("template", "reading", "prompt", "indicator"),
+    ("template", "variant", "prompt", "indicator"),
     [
-        (True, "clean", "instruction", "[IND]"),
-        (True, "clean", "plain", None),
-        (True, "paper", "plain", "[IND]"),
-        (False, "clean", "instruction", None),
-        (False, "paper", "instruction", "[IND]"),
+        (True, "standard", "instruction", "[IND]"),
+        (True, "standard", "plain", None),
+        (True, "authors_code", "plain", "[IND]"),
+        (False, "standard", "instruction", None),
+        (False, "authors_code", "instruction", "[IND]"),
     ],
 )
 def test_the_harness_gets_our_prompts_answers_and_metrics(
-    harness, sources, indicator_model, tmp_path, template, reading, prompt, indicator
+    harness, sources, indicator_model, tmp_path, template, variant, prompt, indicator
 ):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     variant = {"prompt": prompt, "indicator": indicator}
-    frames = ours(indicator_model, sources, tmp_path, template=template, reading=reading, **variant)
+    frames = ours(indicator_model, sources, tmp_path, template=template, variant=variant, **variant)
     assert frames["squad"].containment.nunique() == 2  # right and wrong answers
     theirs = harness.simple_evaluate(
         HFLM(pretrained=str(indicator_model), device="cpu", batch_size=4),
         tasks=[task_name(dataset, **variant) for dataset in sources],
         task_manager=TaskManager(
-            include_path=str(FOLDER), include_defaults=False, metadata={**sources, "reading": reading}
+            include_path=str(FOLDER), include_defaults=False, metadata={**sources, "variant": variant}
         ),
         apply_chat_template=template,
     )
@@ -284,7 +284,7 @@ def test_the_harness_gets_our_prompts_answers_and_metrics(
 
 
 def test_the_harnesss_command_gets_the_same_from_local_files(harness, sources, indicator_model, tmp_path):
-    frames = ours(indicator_model, sources, tmp_path, template=True, reading="clean", indicator="[IND]")
+    frames = ours(indicator_model, sources, tmp_path, template=True, variant="standard", indicator="[IND]")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={indicator_model}"]
     command += ["--tasks", ",".join(task_name(dataset, indicator="[IND]") for dataset in sources)]
     command += ["--include_path", str(FOLDER), "--metadata", json.dumps(sources)]

@@ -83,10 +83,10 @@ def test_needle_recall_of_the_paper_is_exact_word_equality():
 
 
 def test_clean_needle_recall_splits_in_every_script_and_keeps_phrases_together():
-    assert metrics.needle_recall("a “sunny”\tday", ["sunny", "day"], reading="clean") == 1
-    assert metrics.needle_recall("green old kites", ["green kites"], reading="clean") == 0
-    assert metrics.needle_recall("Green kites!", ["green kites"], reading="clean") == 1
-    assert metrics.needle_recall("evergreen", ["green"], reading="clean") == 0
+    assert metrics.needle_recall("a “sunny”\tday", ["sunny", "day"], variant="standard") == 1
+    assert metrics.needle_recall("green old kites", ["green kites"], variant="standard") == 0
+    assert metrics.needle_recall("Green kites!", ["green kites"], variant="standard") == 1
+    assert metrics.needle_recall("evergreen", ["green"], variant="standard") == 0
 
 
 def test_scores_are_nan_where_a_question_does_not_ask_and_keep_the_frames_order():
@@ -243,7 +243,7 @@ def test_drop_pairs_spans_and_asks_for_the_same_numbers(answer, annotations, exa
 
 
 @pytest.mark.parametrize(
-    ("answer", "annotations", "paper", "clean"),
+    ("answer", "annotations", "paper", "standard"),
     [
         ("13 yards", [["3"]], 1, 0),
         ("a 3-yard run", [["3"]], 1, 1),
@@ -258,7 +258,7 @@ def test_drop_pairs_spans_and_asks_for_the_same_numbers(answer, annotations, exa
     ],
 )
 def test_drop_containment_of_the_paper_takes_any_piece_of_the_first_annotator(answer, annotations, paper, clean):
-    assert metrics.drop_containment(answer, annotations, reading="paper") == paper
+    assert metrics.drop_containment(answer, annotations, variant="authors_code") == paper
     assert metrics.drop_containment(answer, annotations) == clean
 
 
@@ -362,8 +362,8 @@ def test_every_dataset_is_scored_by_its_own_script():
         "unknown": "So it is. And 13.",
     }
     frame = pd.DataFrame({"id": said.keys(), "answer": said.values()})
-    clean = metrics.score_answers(frame, questions, reading="clean").set_index("id")
-    paper = metrics.score_answers(frame, questions, reading="paper").set_index("id")
+    clean = metrics.score_answers(frame, questions, variant="standard").set_index("id")
+    paper = metrics.score_answers(frame, questions, variant="authors_code").set_index("id")
     assert clean.containment.to_dict() == {
         "squad": 0, "squad_v2_no_answer": 1, "quac": 0, "drop": 0, "unknown": 1,
     }  # fmt: skip
@@ -374,8 +374,10 @@ def test_every_dataset_is_scored_by_its_own_script():
     assert clean.human_equivalent.drop("quac").isna().all()
     assert clean.dialogue["quac"] == "of quac"
     longer = pd.DataFrame({"id": ["squad"], "answer": ["3. Or so"]})
-    assert metrics.score_answers(longer, questions, reading="clean").exact_match.item() == 0
-    assert metrics.score_answers(longer, questions, reading="paper").exact_match.item() == 1  # "3" was all they had
+    assert metrics.score_answers(longer, questions, variant="standard").exact_match.item() == 0
+    assert (
+        metrics.score_answers(longer, questions, variant="authors_code").exact_match.item() == 1
+    )  # "3" was all they had
 
 
 def test_without_quac_there_are_no_columns_for_it():
@@ -400,7 +402,7 @@ def test_bootstrap_interval_matches_a_slow_loop_in_distribution(monkeypatch):
     fast = metrics.bootstrap_interval(values, samples=4000, seed=3)
     assert fast == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.05)
     assert fast == metrics.bootstrap_interval(values, samples=4000, seed=3)
-    monkeypatch.setattr(metrics, "_RESAMPLED_AT_ONCE", 100)
+    monkeypatch.setattr("ctxlib.metrics.intervals._RESAMPLED_AT_ONCE", 100)
     assert metrics.bootstrap_interval(values, samples=400, seed=3) == pytest.approx(fast, abs=0.1)
     assert np.isnan(metrics.bootstrap_interval([])).all()
     assert metrics.bootstrap_interval([2.0, 2.0]) == (2, 2)
@@ -483,18 +485,18 @@ def test_separation_matches_loops_over_pairs_and_over_ranks():
 
 
 def test_where_no_truth_is_known_there_are_no_rows():
-    real = scored_turns(layer=0, reading="clean").assign(depends_on_context=None)
+    real = scored_turns(layer=0, variant="standard").assign(depends_on_context=None)
     assert metrics.auc_by(real, "layer").empty and metrics.separation(real, "layer").empty
     assert metrics.curve_by(real, "layer", metrics.precision_recall_frame).empty
-    assert metrics.auc_changes(real, "reading", "clean").empty
+    assert metrics.auc_changes(real, "variant", "standard").empty
     assert metrics.selection(real, [0.5]).empty
 
 
 def test_change_of_auc_is_the_difference_and_its_interval_a_slow_paired_bootstrap():
     rng = np.random.default_rng(2)
-    one = scored_turns(150, reading="clean")
-    two = one.assign(score=np.round(one.score + rng.normal(0, 0.2, len(one)), 2), reading="paper").sample(frac=1)
-    (change,) = metrics.auc_changes(pd.concat([one, two]), "reading", "clean").itertuples()
+    one = scored_turns(150, variant="standard")
+    two = one.assign(score=np.round(one.score + rng.normal(0, 0.2, len(one)), 2), variant="authors_code").sample(frac=1)
+    (change,) = metrics.auc_changes(pd.concat([one, two]), "variant", "standard").itertuples()
     truth, a, b = one.depends_on_context.to_numpy(bool), one.score.to_numpy(), two.sort_index().score.to_numpy()
     assert change.value == pytest.approx(metrics.auc(truth, b, 2)[0] - metrics.auc(truth, a, 2)[0])
     slow = []
@@ -504,7 +506,7 @@ def test_change_of_auc_is_the_difference_and_its_interval_a_slow_paired_bootstra
         wins = [np.mean((s[above, None] > s[below]) + (s[above, None] == s[below]) / 2) for s in (b, a)]
         slow.append(wins[0] - wins[1])
     assert (change.ci_low, change.ci_high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.01)
-    assert (change.reading, change.before, change.n) == ("paper", "clean", 150)
+    assert (change.variant, change.before, change.n) == ("authors_code", "standard", 150)
 
 
 def test_selection_agrees_with_precision_and_recall():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctxlib.files import file_digest
 from ctxlib.finetune import training_examples
 from ctxlib.miniature import MODELS, domains, texts
 from ctxlib.miniature.build import SHARES
@@ -15,7 +16,6 @@ from ctxlib.miniature.tokenizer import build_tokenizer
 from ctxlib.miniature.town import KNOWN_NAMES, NEWCOMER_NAMES, RELATIONS, Town, is_fact_sentence, random_fact
 from ctxlib.models import load_tokenizer
 from ctxlib.params import load_params
-from ctxlib.results import file_digest
 
 TOWN = Town()
 TOKENIZER = build_tokenizer()

@@ -23,11 +23,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from ctxlib import cli, mt_bench
-from ctxlib.conversations import Message
-from ctxlib.metrics import bootstrap_interval
-from ctxlib.models import add_indicator
-from ctxlib.mt_bench import (
+from ctxlib.commands import cli, mt_bench
+from ctxlib.commands.mt_bench import (
     ANSWER_COLUMNS,
     NO_RATING,
     RATING_COLUMNS,
@@ -43,6 +40,9 @@ from ctxlib.mt_bench import (
     spent,
     summarise_ratings,
 )
+from ctxlib.conversations import Message
+from ctxlib.metrics import bootstrap_interval
+from ctxlib.models import add_indicator
 from ctxlib.params import InputError
 from ctxlib.roles import role_map
 
@@ -319,7 +319,7 @@ def test_the_second_turn_is_asked_after_the_models_own_first_answer(model, token
 
 def test_the_papers_reading_asks_the_first_turn_only(model, tokenizer, bench):
     both = answer_turns(model, tokenizer, bench, **DECODING)
-    first = answer_turns(model, tokenizer, bench, reading="paper", **DECODING)
+    first = answer_turns(model, tokenizer, bench, variant="authors_code", **DECODING)
     pd.testing.assert_frame_equal(first, both[both["turn"] == 1])
 
 
@@ -343,9 +343,9 @@ def test_two_turns_that_may_not_fit_are_refused_before_the_first_and_the_remedy_
         answer_turns(model, tokenizer, bench, **{**DECODING, "max_new_tokens": 300})
     assert not calls
     most = int(str(caught.value).rsplit(" ", 1)[1])
-    mt_bench.answers._check_window(model, tokenizer, bench, most, "clean", None)
+    mt_bench.answers._check_window(model, tokenizer, bench, most, "standard", None)
     with pytest.raises(InputError):
-        mt_bench.answers._check_window(model, tokenizer, bench, most + 1, "clean", None)
+        mt_bench.answers._check_window(model, tokenizer, bench, most + 1, "standard", None)
 
 
 # the judge

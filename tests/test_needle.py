@@ -14,7 +14,8 @@ from ctxlib.generate import answer_questions, question_prompt
 from ctxlib.metrics import needle_recall, score_answers, summarise
 from ctxlib.miniature.texts import needles as town_needles
 from ctxlib.miniature.town import Town
-from ctxlib.needle import (
+from ctxlib.params import InputError, load_params
+from ctxlib.questions.needle import (
     CELL,
     PAPER_NEEDLE,
     PROMPTS,
@@ -27,7 +28,6 @@ from ctxlib.needle import (
     read_haystack,
     text_needles,
 )
-from ctxlib.params import InputError, load_params
 from ctxlib.roles import Role
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,20 +148,22 @@ def test_all_depths_of_a_length_share_their_haystack(tokenizer):
 def test_the_paper_reading_repeats_the_buffers_fault_and_reports_what_is_left(llama_2, asked, hay):
     """The first three lengths are those of the authors' grid up to 1,000, worked out from their script by hand."""
     sentences = [f"Nothing much happened on day {n}." for n in range(200)]
-    grid = {"lengths": [asked], "depths": [0, 100], "per_cell": 1, "seed": 0, "reading": "paper"}
+    grid = {"lengths": [asked], "depths": [0, 100], "per_cell": 1, "seed": 0, "variant": "authors_code"}
     whole = llama_2(" ".join(sentences), add_special_tokens=False)["input_ids"]
     for question in text_needles(sentences, llama_2, **PAPER_NEEDLE, **grid):
         assert question.context_length_tokens == hay + 26
         left = " ".join(context_of(question).replace(PAPER_NEEDLE["needle"].strip(), "").split())
         assert left == " ".join(llama_2.decode(whole[:hay]).split())
         assert question.response_prefix == "The best thing to do in San Francisco"
-    clean = text_needles(sentences, llama_2, **PAPER_NEEDLE, **grid | {"reading": "clean"})
+    clean = text_needles(sentences, llama_2, **PAPER_NEEDLE, **grid | {"variant": "standard"})
     assert {question.context_length_tokens for question in clean} == {asked}
 
 
 def test_the_paper_reading_moves_the_needle_back_behind_a_full_stop(tokenizer):
     sentences = ["Is it one? It is. " + "a" * 40 + "!", *SENTENCES]
-    questions = ask(sentences, tokenizer, lengths=[500], depths=[0, 4, 10, 40, 80, 100], per_cell=1, reading="paper")
+    questions = ask(
+        sentences, tokenizer, lengths=[500], depths=[0, 4, 10, 40, 80, 100], per_cell=1, variant="authors_code"
+    )
     hay = " ".join(sentences)[: 500 - 200 - len(NEEDLE)]
     for question in questions:
         context, place = context_of(question), int(len(hay) * question.depth_percent / 100)
@@ -172,7 +174,7 @@ def test_the_paper_reading_moves_the_needle_back_behind_a_full_stop(tokenizer):
 
 
 def test_the_papers_first_repetition_is_the_haystacks_beginning_and_the_others_are_not(tokenizer):
-    first, second = ask(SENTENCES, tokenizer, lengths=[400], depths=[100], per_cell=2, reading="paper")
+    first, second = ask(SENTENCES, tokenizer, lengths=[400], depths=[100], per_cell=2, variant="authors_code")
     assert context_of(first).startswith("Sentence number 0 says nothing. Sentence number 1 ")
     assert not context_of(second).startswith("Sentence number 0")
 
@@ -182,7 +184,9 @@ def test_four_prompts_by_number_and_the_typing_error_only_in_the_paper_reading(t
         (clean,) = ask(SENTENCES, tokenizer, depths=[0], lengths=[300], per_cell=1, prompt=number)
         context = context_of(clean)
         assert clean.messages[0].content == wording.format(context=context, question="What is best?")
-        (paper,) = ask(SENTENCES, tokenizer, depths=[0], lengths=[500], per_cell=1, prompt=number, reading="paper")
+        (paper,) = ask(
+            SENTENCES, tokenizer, depths=[0], lengths=[500], per_cell=1, prompt=number, variant="authors_code"
+        )
         assert ("accoriding to the provided" in paper.messages[0].content) == (number > 2)
         assert "accoriding" not in clean.messages[0].content
     assert len(set(PROMPTS.values())) == 4
@@ -277,18 +281,18 @@ def test_the_maps_of_answers_and_of_attention_have_the_same_cells_with_intervals
     assert attention.needle_attention.between(0, 1, inclusive="neither").all()
 
 
-@pytest.mark.parametrize("reading", ["clean", "paper"])
+@pytest.mark.parametrize("variant", ["standard", "authors_code"])
 def test_an_experiment_asks_text_needles_in_its_reading_and_reads_shared_text_once(
-    model, tokenizer, haystack, tmp_path, monkeypatch, reading
+    model, tokenizer, haystack, tmp_path, monkeypatch, variant
 ):
     about = {"haystack": str(haystack), "needle": NEEDLE, "question": "What is best?", "keywords": ["eat", "sandwich"]}
     cells = {"lengths": [250, 300], "depths": [0, 50, 100], "per_cell": 1, "max_new_tokens": 4}
     params = load_params(
         ROOT / "params" / "smoke.yaml",
-        {"needle": {"source": "text", "reading": reading, **about, **cells}, "outputs": str(tmp_path / "outputs")},
+        {"needle": {"source": "text", "variant": variant, **about, **cells}, "outputs": str(tmp_path / "outputs")},
     )
     questions = experiment.needles(params, tokenizer)
-    assert questions == ask(SENTENCES, tokenizer, reading=reading, seed=params.seed, lengths=[250, 300], per_cell=1)
+    assert questions == ask(SENTENCES, tokenizer, variant=variant, seed=params.seed, lengths=[250, 300], per_cell=1)
     read = []
     beginning = generate._Prefixes._read
     monkeypatch.setattr(generate._Prefixes, "_read", lambda self, ids: read.append(len(ids)) or beginning(self, ids))
@@ -299,4 +303,6 @@ def test_an_experiment_asks_text_needles_in_its_reading_and_reads_shared_text_on
     plain = {"template": True, "indicator": None, "use_prefix": True, "max_new_tokens": 4, "batch_size": 1}
     expected = answer_questions(model, tokenizer, questions, **plain, model_key="tiny", progress=False)
     assert answers[expected.columns].equals(expected)
-    assert answers["prompt"].str.contains("The best thing to do is to eat" if reading == "paper" else "best").all()
+    assert (
+        answers["prompt"].str.contains("The best thing to do is to eat" if variant == "authors_code" else "best").all()
+    )

@@ -13,8 +13,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from ctxlib.commands.plan import make_plan
 from ctxlib.params import load_params
-from ctxlib.plan import make_plan
 from ctxlib.results import EVIDENCE_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def reproduce(tmp_path_factory):
 
     def call(experiment: str) -> Path:
         arguments = ["reproduce", "--params", f"params/{experiment}.yaml", "--set", f"outputs={outputs}"]
-        command = [sys.executable, "-m", "ctxlib.cli", *arguments]
+        command = [sys.executable, "-m", "ctxlib", *arguments]
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
         assert finished.returncode == 0, finished.stderr
         return outputs / experiment

@@ -12,18 +12,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from ctxlib import cli, experiment
-from ctxlib.finetune import _frozen_rows, add_lora
-from ctxlib.labels import Example, collate, pack, training_order
+from ctxlib import experiment
+from ctxlib.commands import cli
+from ctxlib.commands.plan import fits, hours, make_plan, show, sources
+from ctxlib.commands.plan.machines import GIB, GPUS
+from ctxlib.commands.plan.memory import footprints, replaced
+from ctxlib.commands.plan.network import KNOWN, as_config, count, training_memory
+from ctxlib.commands.plan.questions import MT_BENCH, frame, needle_contexts
+from ctxlib.commands.plan.steps import padding
+from ctxlib.finetune import Example, add_lora, collate, pack, training_order
+from ctxlib.finetune.adapters import frozen_rows
 from ctxlib.models import load_model, set_indicator_row
-from ctxlib.needle import text_needles
 from ctxlib.params import InputError, load_params
-from ctxlib.plan import fits, hours, make_plan, show, sources
-from ctxlib.plan.machines import GIB, GPUS
-from ctxlib.plan.memory import footprints, replaced
-from ctxlib.plan.network import KNOWN, as_config, count, training_memory
-from ctxlib.plan.questions import MT_BENCH, frame, needle_contexts
-from ctxlib.plan.steps import padding
+from ctxlib.questions.needle import text_needles
 from ctxlib.roles import role_map
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +128,7 @@ def test_lora_weights_gradients_and_optimiser_take_what_peft_and_adam_take(tied)
     set_indicator_row(model, indicator_id=259, n_tokens=259)
     base = n_bytes(model.parameters())
     adapted = add_lora(model, 8, 16, 0.05, indicator_id=259).train()
-    for row in _frozen_rows(adapted, inputs_too=False):
+    for row in frozen_rows(adapted, inputs_too=False):
         row.requires_grad_(False)
     planned = training_memory(network, method="lora", batch_size=1, length=19, rank=8, dropout=0.05)
     assert planned["weights"] == base
@@ -467,22 +468,22 @@ def test_what_is_not_recomputed_takes_less_time():
 
 
 @pytest.mark.parametrize(
-    ("source", "reading", "n"),
+    ("source", "variant", "n"),
     [
-        ("data/squad/dev-v1.1.json", "clean", 10_570),
-        ("rajpurkar/squad", "paper", 10_570),
-        ("data/squad/dev-v2.0.json", "clean", 11_873),
-        ("rajpurkar/squad_v2", "clean", 11_873),
-        ("data/quac/val_v0.2.json", "clean", 7_354),
-        ("allenai/quac", "paper", 1_000),
-        ("data/drop/drop_dataset_dev.json", "clean", 9_536),
-        ("squad_study/drop_dataset_dev.json", "clean", 9_536),
-        ("EleutherAI/drop", "clean", 9_536),
-        ("owner/unheard_of", "clean", 20_000),
+        ("data/squad/dev-v1.1.json", "standard", 10_570),
+        ("rajpurkar/squad", "authors_code", 10_570),
+        ("data/squad/dev-v2.0.json", "standard", 11_873),
+        ("rajpurkar/squad_v2", "standard", 11_873),
+        ("data/quac/val_v0.2.json", "standard", 7_354),
+        ("allenai/quac", "authors_code", 1_000),
+        ("data/drop/drop_dataset_dev.json", "standard", 9_536),
+        ("squad_study/drop_dataset_dev.json", "standard", 9_536),
+        ("EleutherAI/drop", "standard", 9_536),
+        ("owner/unheard_of", "standard", 20_000),
     ],
 )
-def test_sources_that_are_not_here_count_as_their_official_development_sets(source, reading, n):
-    changes = {"qa.sources": [source], "qa.reading": reading, "qa.n": 20_000}
+def test_sources_that_are_not_here_count_as_their_official_development_sets(source, variant, n):
+    changes = {"qa.sources": [source], "qa.variant": variant, "qa.n": 20_000}
     plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes)
     assert plan.questions["qa"].n == n
     (line,) = [line for line in text(plan).splitlines() if line.strip().startswith("qa ")]
@@ -528,12 +529,12 @@ def test_a_question_that_is_longer_than_the_window_is_told_before_a_model_is_loa
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 4])
-@pytest.mark.parametrize("reading", ["clean", "paper"])
+@pytest.mark.parametrize("variant", ["standard", "authors_code"])
 @pytest.mark.parametrize("needles", ["The best thing is to eat a sandwich.", ["One is here.", "The other is there."]])
-def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, reading, needles):
+def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, variant, needles):
     """The cells, the paper's slicing, and what stands around a context, in tokens: a byte each here."""
     lengths = [200, 242, 284, 700]
-    changes = {"lengths": lengths, "reading": reading, "prompt": prompt, "needle": needles, "response_prefix": None}
+    changes = {"lengths": lengths, "variant": variant, "prompt": prompt, "needle": needles, "response_prefix": None}
     params = load_params(NINE[0], {f"needle.{key}": value for key, value in changes.items()})
     section = params.needle
     made = text_needles(
@@ -547,7 +548,7 @@ def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, reading, 
         per_cell=1,
         seed=0,
         prompt=prompt,
-        reading=reading,
+        variant=variant,
     )
     planned = needle_contexts(section, tokenizer)
     assert planned == [question.context_length_tokens for question in made]
@@ -559,7 +560,8 @@ def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, reading, 
 
 def test_the_town_s_needles_have_one_reading():
     clean, paper = (
-        plan_of(MINIATURE, **{"needle.reading": reading}).questions["needle"] for reading in ("clean", "paper")
+        plan_of(MINIATURE, **{"needle.variant": variant}).questions["needle"]
+        for variant in ("standard", "authors_code")
     )
     assert clean == paper
 

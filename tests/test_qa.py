@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Sequence, Value
 from ctxlib.generate import answer_questions
 from ctxlib.metrics import by_dialogue, drop_scores, score_answers
 from ctxlib.params import InputError
-from ctxlib.qa import load_questions
+from ctxlib.questions.qa import load_questions
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 XQUAD, QUAC, DROP = DATA / "squad/xquad.en.json", DATA / "quac/quac_sample.json", DATA / "drop/drop_sample.json"
@@ -98,7 +98,7 @@ def test_a_squad_question_holds_its_passage_and_every_distinct_gold_answer(tmp_p
 
 def test_the_plain_prompt_is_passage_and_question(tmp_path):
     for content in (squad(squad_qa(["Ada"])), quac([1]), drop(drop_answer("2"))):
-        (question,) = load_questions(write(tmp_path, content), prompt="plain", reading="paper")
+        (question,) = load_questions(write(tmp_path, content), prompt="plain", variant="authors_code")
         context, asked = {"C_1_q#0": ("Ada wrote it.", "Question 0?"), "d1": ("Two kicks.", "How many?")}.get(
             question.id, ("Ada wrote it.", "Who?")
         )
@@ -122,7 +122,7 @@ def test_squad_2_is_told_by_its_content_and_its_impossible_questions_by_kind(tmp
 
 def test_quac_of_the_paper_is_the_first_question_behind_title_and_background(tmp_path):
     file = write(tmp_path, quac([3, 2], title="Ada", background="A countess."))
-    one, other = load_questions(file, reading="paper")
+    one, other = load_questions(file, variant="authors_code")
     assert (one.id, other.id) == ("C_1_q#0", "C_2_q#0")
     assert (one.kind, one.dialogue) == ("quac", "C_1")
     assert one.messages[0].content == (
@@ -233,8 +233,8 @@ def test_hub_rows_of_quac_are_the_files_questions(tmp_path, monkeypatch, answers
     }
     hub(monkeypatch, [row])
     file = write(tmp_path, quac([2], title="Ada", background="A countess."))
-    for reading in ("clean", "paper"):
-        assert load_questions("allenai/quac", reading=reading) == load_questions(file, reading=reading)
+    for variant in ("standard", "authors_code"):
+        assert load_questions("allenai/quac", variant=variant) == load_questions(file, variant=variant)
     hub(monkeypatch, [row | {"questions": ["Question 0?"]}])
     with pytest.raises(InputError, match=r"allenai/quac, row 1, turn_ids: not as many as questions"):
         load_questions("allenai/quac")
@@ -341,7 +341,7 @@ def test_a_sample_of_quac_holds_whole_dialogues(tmp_path):
         seen.add(tuple(dict.fromkeys(dialogues)))
     assert len(seen) > 5
     assert load_questions(file, 9, seed=1) == load_questions(file, 9, seed=1)
-    assert len(load_questions(file, 2, reading="paper")) == 2
+    assert len(load_questions(file, 2, variant="authors_code")) == 2
     with pytest.raises(InputError, match=r"ask for n = 5 or more"):
         load_questions(file, 2)
 
@@ -351,7 +351,7 @@ def test_questions_of_all_datasets_are_answered_and_scored_together(tmp_path, mo
     questions = [question for source in sources for question in load_questions(write(tmp_path, source))]
     limits = {"max_new_tokens": 4, "batch_size": 8, "use_prefix": False, "model_key": "m", "progress": False}
     answers = answer_questions(model, tokenizer, questions, template=True, indicator=None, **limits)
-    scored = score_answers(answers, questions, reading="clean")
+    scored = score_answers(answers, questions, variant="standard")
     assert scored.kind.tolist() == ["squad_v2", "squad_v2_no_answer", "quac", "quac", "drop"]
     assert scored.containment.between(0, 1).all()
     assert scored.human_f1.tolist()[2:4] == [0.0 + 2 / 3] * 2  # "Ada" and "Ada L."
@@ -377,7 +377,7 @@ def test_the_quac_sample_is_read_once_each_dialogue_is_there_once(tmp_path):
     assert [len(question.messages) for question in questions] == [2 * n + 1 for n in range(len(questions))]
     assert questions[1].messages[1].content.startswith("Herc used the record to focus on a short")
     assert all("CANNOTANSWER" in question.messages[0].content for question in questions)
-    (first,) = load_questions(write(tmp_path, {"data": content["data"][:1]}), reading="paper")
+    (first,) = load_questions(write(tmp_path, {"data": content["data"][:1]}), variant="authors_code")
     assert first.messages[0].content.startswith("Title: The break\n")
     assert "CANNOTANSWER" not in first.messages[0].content
 
@@ -399,7 +399,7 @@ def test_on_real_data_a_gold_answer_scores_in_full_and_another_questions_does_no
         for shift in (0, 1):
             said = [question.answers[0] for question in questions[shift:] + questions[:shift]]
             frame = pd.DataFrame({"id": [question.id for question in questions], "answer": said})
-            scored = score_answers(frame, questions, reading="clean")
+            scored = score_answers(frame, questions, variant="standard")
             if shift:
                 assert scored.exact_match.mean() < 0.2 and scored.token_f1.mean() < 0.25
             else:

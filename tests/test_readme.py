@@ -56,7 +56,7 @@ def test_the_seed_model_that_is_trained_by_hand_is_the_vanilla_model_of_notebook
     cells = (cell for cell in nbformat.read(ROOT / "notebooks" / "03_indicator_sft.ipynb", 4).cells)
     loop = next(cell.source for cell in cells if "finetune.finetune(" in cell.source)
     call = loop[loop.index("finetune.finetune(") : loop.index("\n    )\n") + 7]
-    monkeypatch.setattr(finetune, "load_model", None)  # it is not trained again
+    monkeypatch.setattr("ctxlib.finetune.training.load_model", None)  # it is not trained again
     params = experiment.load_params(tmp_path / "seed.yaml")
     results = SimpleNamespace(work=params.output_dir / "work")
     names = {"params": params, "results": results, "name": "vanilla", "token": None}

@@ -22,9 +22,9 @@ import yaml
 from transformers import AutoConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from ctxlib import experiment, finetune, models
+from ctxlib.commands.plan.network import KNOWN, as_config
+from ctxlib.commands.rehearse import prepare, shrunk
 from ctxlib.params import MODEL_ROLES, InputError, load_params
-from ctxlib.plan.network import KNOWN, as_config
-from ctxlib.rehearse import prepare, shrunk
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -123,7 +123,7 @@ def kill(command: list[str], when: Callable[[], bool], log: Path, cwd: Path = RO
 def rehearsed(own_files) -> Path:
     """The results of `ctxlib rehearse`, which was killed in the middle of the first training and called again."""
     arguments = [str(own_files / "my params.yaml"), "--set", "finetune.steps=20", "--width", "32", "--layers", "2"]
-    command = [sys.executable, "-m", "ctxlib.cli", "rehearse", *arguments]
+    command = [sys.executable, "-m", "ctxlib", "rehearse", *arguments]
     outputs = own_files / "out puts" / f"rehearsal-{NINE}"
     trained = outputs / "work" / "models"
     kill(command, lambda: any(trained.glob("vanilla.training-*/checkpoint-*/trainer_state.json")), own_files / "log")
@@ -250,11 +250,11 @@ def test_the_files_settings_stay_and_its_numbers_come_down_but_for_what_the_user
     for section, names in {
         "models": ("chat_template", "dtype", "quantisation", "attention", "indicator"),
         "conversations": ("source", "max_length", "on_bad_row", "remove_refusals"),
-        "scoring": ("reading", "head_reduction", "thresholds"),
-        "steering": ("alphas", "reading"),
-        "finetune": ("method", "reading", "learning_rate", "schedule", "group_by_length", "packing"),
-        "needle": ("haystack", "prompt", "needle", "question", "keywords", "response_prefix", "reading"),
-        "qa": ("sources", "prompt", "reading"),
+        "scoring": ("variant", "head_reduction", "thresholds"),
+        "steering": ("alphas", "variant"),
+        "finetune": ("method", "variant", "learning_rate", "schedule", "group_by_length", "packing"),
+        "needle": ("haystack", "prompt", "needle", "question", "keywords", "response_prefix", "variant"),
+        "qa": ("sources", "prompt", "variant"),
     }.items():
         for name in names:
             assert getattr(getattr(small, section), name) == getattr(getattr(full, section), name), name

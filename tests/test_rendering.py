@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-import ctxlib.rendering
+import ctxlib.roles.rendering
 from ctxlib.conversations import Message
 from ctxlib.params import InputError
-from ctxlib.rendering import Contents, render, spelled_by_template
+from ctxlib.roles import Contents, render, spelled_by_template
 
 TALK = [
     Message("system", " Be. "),
@@ -267,7 +267,7 @@ def test_a_tokenizer_that_writes_chats_by_code_of_its_own_is_refused(tokenizer):
 
 
 def test_a_conversation_longer_than_there_are_private_characters_is_refused(with_template, monkeypatch):
-    monkeypatch.setattr(ctxlib.rendering, "_CAPACITY", 10)
+    monkeypatch.setattr(ctxlib.roles.rendering, "_CAPACITY", 10)
     with pytest.raises(InputError, match="characters in one conversation"):
         render(with_template("{{ messages[0].content }}"), Contents(TALK), False)
 
@@ -300,6 +300,6 @@ def test_traced_text_behaves_as_the_text_it_stands_for(text, call):
     if isinstance(expected, str):
         found, expected = [found], [expected]
     if isinstance(expected, list | tuple):
-        assert [ctxlib.rendering._plain(piece) for piece in found] == list(expected)
+        assert [ctxlib.roles.rendering._plain(piece) for piece in found] == list(expected)
     else:
         assert found == expected

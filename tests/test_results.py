@@ -6,8 +6,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from ctxlib.files import file_digest
 from ctxlib.params import InputError, Params, load_params
-from ctxlib.results import EVIDENCE_COLUMNS, code_version, file_digest, open_results
+from ctxlib.results import EVIDENCE_COLUMNS, code_version, open_results
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,10 +16,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ctxlib import cli
-from ctxlib import run as run_room
+from ctxlib.commands import cli
+from ctxlib.commands import run as run_room
+from ctxlib.commands.run import NotebookError, run_notebook
 from ctxlib.params import InputError, load_params
-from ctxlib.run import NotebookError, run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "params" / "smoke.yaml"

@@ -9,16 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
+from ctxlib.metrics import layer_agreement, score_agreement
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import (
-    answered_turns,
-    layer_agreement,
-    length_buckets,
-    reduce_heads,
-    score_agreement,
-    score_corpus,
-)
+from ctxlib.scoring import answered_turns, length_buckets, reduce_heads, score_corpus
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ def corpus():
     )
 
 
-def brute_force(eager, tokenizer, conversation, reading):
+def brute_force(eager, tokenizer, conversation, variant):
     """{(turn, layer): score}, one attention weight after the other."""
     tokens = role_map(tokenizer, conversation.messages)
     ids, roles, turns = tokens.ids.tolist(), tokens.roles.tolist(), tokens.turns.tolist()
@@ -70,7 +64,7 @@ def brute_force(eager, tokenizer, conversation, reading):
     for turn, _, _ in answered_turns(conversation):
         answer = [i for i in range(len(ids)) if roles[i] == Role.ASSISTANT and turns[i] == turn]
         keys = [i for i in range(answer[0]) if roles[i] == Role.USER]
-        if reading == "paper":
+        if variant == "authors_code":
             assert ids[answer[-1] + 1 : answer[-1] + 3] == [eos, newline]
             answer += [answer[-1] + 1, answer[-1] + 2]
             keys = [i for i in range(answer[0]) if roles[i] in (Role.USER, Role.SYSTEM) and ids[i] != newline]
@@ -80,14 +74,14 @@ def brute_force(eager, tokenizer, conversation, reading):
     return scores
 
 
-@pytest.mark.parametrize("reading", ["clean", "paper"])
-def test_score_matches_brute_force_loop(model, eager, tokenizer, corpus, reading):
-    frame = score_corpus(model, tokenizer, corpus, reading=reading, progress=False)
+@pytest.mark.parametrize("variant", ["standard", "authors_code"])
+def test_score_matches_brute_force_loop(model, eager, tokenizer, corpus, variant):
+    frame = score_corpus(model, tokenizer, corpus, variant=variant, progress=False)
     for c in corpus.conversations:
         rows = frame[frame.conversation == c.id]
         ours = {(row.turn, row.layer): row.score for row in rows.itertuples()}
-        assert ours == pytest.approx(brute_force(eager, tokenizer, c, reading), abs=2e-6)
-    assert frame.score.between(0, 1).all() and set(frame.reading) == {reading}
+        assert ours == pytest.approx(brute_force(eager, tokenizer, c, variant), abs=2e-6)
+    assert frame.score.between(0, 1).all() and set(frame.variant) == {variant}
     assert list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
     assert frame.equals(frame.sort_values(["turn", "layer"]).iloc[frame.sort_values(["turn", "layer"]).index.argsort()])
 
@@ -113,12 +107,12 @@ def test_keys_of_a_later_turn_include_all_earlier_user_turns(model, eager, token
     assert frame.score[frame.turn == 2].item() == pytest.approx(by_hand.item(), abs=2e-6)
 
 
-@pytest.mark.parametrize("reading", ["clean", "paper"])
-def test_score_is_invariant_to_padding_batching_and_sharding(model, tokenizer, corpus, reading):
-    one_by_one = score_corpus(model, tokenizer, corpus, reading=reading, token_budget=1, progress=False)
-    together = score_corpus(model, tokenizer, corpus, reading=reading, token_budget=10**6, progress=False)
+@pytest.mark.parametrize("variant", ["standard", "authors_code"])
+def test_score_is_invariant_to_padding_batching_and_sharding(model, tokenizer, corpus, variant):
+    one_by_one = score_corpus(model, tokenizer, corpus, variant=variant, token_budget=1, progress=False)
+    together = score_corpus(model, tokenizer, corpus, variant=variant, token_budget=10**6, progress=False)
     shards = [
-        score_corpus(model, tokenizer, corpus, reading=reading, shard=(i, 2), conversations_per_part=1, progress=False)
+        score_corpus(model, tokenizer, corpus, variant=variant, shard=(i, 2), conversations_per_part=1, progress=False)
         for i in range(2)
     ]
     keys = ["conversation", "turn", "layer"]
@@ -138,7 +132,7 @@ def test_a_layer_alone_scores_as_it_does_among_all(model, tokenizer, corpus):
 def test_token_counts_are_those_of_the_text(model, tokenizer):
     c = conversation("n", "four", "sixsix", "two\n", "eight888")  # one token a byte
     clean = score_corpus(model, tokenizer, corpus_of(c), layers=[0], progress=False)
-    paper = score_corpus(model, tokenizer, corpus_of(c), layers=[0], reading="paper", progress=False)
+    paper = score_corpus(model, tokenizer, corpus_of(c), layers=[0], variant="authors_code", progress=False)
     assert clean.user_tokens.tolist() == [4, 4] and paper.user_tokens.tolist() == [4, 3]
     assert clean.answer_tokens.tolist() == paper.answer_tokens.tolist() == [6, 8]
     first = 1 + len("<|user|>\nfour") + 1 + len("\n<|assistant|>\n")
@@ -292,7 +286,7 @@ def test_other_weights_data_or_settings_never_share_parts(model, tokenizer, corp
     score_corpus(model, tokenizer, corpus, **settings)
     score_corpus(other, tokenizer, corpus, **settings)
     score_corpus(model, tokenizer, corpus_of(*corpus.conversations[:2]), **settings)
-    score_corpus(model, tokenizer, corpus, reading="paper", **settings)
+    score_corpus(model, tokenizer, corpus, variant="authors_code", **settings)
     score_corpus(model, tokenizer, corpus, head_reduction="mean", **settings)
     score_corpus(model, tokenizer, corpus, **settings | {"layers": [1]})
     assert len(list(tmp_path.iterdir())) == 6
@@ -354,7 +348,7 @@ def test_layer_agreement_compares_the_top_turns():
 
 def test_layer_agreement_as_the_script_had_it_cannot_disagree_much():
     up, down = [i / 20 for i in range(20)], [1 - i / 20 for i in range(20)]
-    table = layer_agreement(frame_of(l0=up, l1=down), reading="paper_code")
+    table = layer_agreement(frame_of(l0=up, l1=down), variant="authors_code")
     assert table.disagreement.max() == pytest.approx(2 / 18)
 
 

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ctxlib import allocation, experiment, indicator, models, scoring, trials
+from ctxlib import allocation, experiment, indicator, models, scoring
 from ctxlib.conversations import Corpus
+from ctxlib.evidence import trials
+from ctxlib.evidence.trials import INDICATED, PRETRAINED, RAW, TEMPLATE, VANILLA, Asking, Trial
 from ctxlib.miniature.town import is_fact_sentence
 from ctxlib.params import InputError, Params
-from ctxlib.trials import INDICATED, PRETRAINED, RAW, TEMPLATE, VANILLA, Asking, Trial
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
 SMALL = Path(__file__).resolve().parents[1] / "params" / "smoke-evidence.yaml"
@@ -190,7 +191,9 @@ def test_the_users_texts_end_as_the_trial_says_and_the_marks_stay(shared):
     plain, bare, stopped = (trials.marked(shared, replace(trial, closing=end)) for end in (None, "", "."))
     assert all(text[-1] in "?." for text in users_texts(plain))  # so that the authors' rule would do nothing
     assert users_texts(bare) == [text[:-1] for text in users_texts(plain)]
-    by_rule = indicator.mark(bare, trials.scores(shared, trial), 0.5, layer=shared.scoring.layer, reading="paper")
+    by_rule = indicator.mark(
+        bare, trials.scores(shared, trial), 0.5, layer=shared.scoring.layer, variant="authors_code"
+    )
     assert users_texts(stopped) == users_texts(by_rule)
     assert 0 < len(indicated(plain)) < len(indicator.turn_table(plain))
     for corpus in (bare, stopped):
@@ -323,7 +326,7 @@ def test_metrics_go_by_name_and_runs_are_means_over_their_questions():
 @pytest.mark.parametrize("dose", [0.0, 0.3, 1.0])
 def test_a_dose_is_the_share_of_what_ignores_the_text_and_keeps_all_proportions(dose):
     shares = {"memory_question": 0.3, "agreeing_passage": 0.1, "dependent_passage": 0.4, "instruction_task": 0.2}
-    kinds = {"ignoring": ["memory_question", "agreeing_passage"], "reading": ["dependent_passage"]}
+    kinds = {"ignoring": ["memory_question", "agreeing_passage"], "variant": ["dependent_passage"]}
     mixed = trials.dosed(shares, dose, **kinds)
     assert sum(mixed.values()) == pytest.approx(1) and 0 not in mixed.values()
     ignored = {kind: share for kind, share in mixed.items() if kind in kinds["ignoring"]}

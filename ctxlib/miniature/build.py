@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ctxlib.conversations import Question
-from ctxlib.files import write
+from ctxlib.files import file_digest, write
 from ctxlib.finetune import finetune
 from ctxlib.generate import answer_questions
 from ctxlib.metrics import score_answers, wilson_interval
@@ -17,7 +17,7 @@ from ctxlib.miniature import texts
 from ctxlib.miniature.pretrain import Recipe, pretrain
 from ctxlib.miniature.town import Town
 from ctxlib.models import load_model, load_tokenizer
-from ctxlib.results import file_digest, to_json
+from ctxlib.results import to_json
 from ctxlib.roles import PLAIN_SEPARATOR
 
 # the shares that the chat data of params/miniature.yaml has too: `instruct` is the model that such data make

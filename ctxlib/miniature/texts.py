@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ctxlib.conversations import Conversation, Message, Question
-from ctxlib.instructions import NUMBERS, WORD_TASKS, word_task
 from ctxlib.miniature import domains
 from ctxlib.miniature.town import (
     KNOWN_NAMES,
@@ -25,7 +24,8 @@ from ctxlib.miniature.town import (
     random_fact,
     rumour,
 )
-from ctxlib.needle import place_needle
+from ctxlib.questions.instructions import NUMBERS, WORD_TASKS, word_task
+from ctxlib.questions.needle import place_needle
 
 ABOUT_QUESTIONS = {"Who is {name}?": 4, "Tell me about {name}.": len(RELATIONS)}
 OPENERS = ("Well", "Indeed", "Surely", "Certainly")

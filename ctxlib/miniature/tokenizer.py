@@ -11,8 +11,8 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ctxlib.instructions import NUMBERS
 from ctxlib.miniature import domains, texts, town
+from ctxlib.questions.instructions import NUMBERS
 from ctxlib.roles import PLAIN_SEPARATOR
 
 CHAT_TEMPLATE = (

@@ -1,0 +1,1 @@
+"""The commands of `ctxlib`: what no notebook needs."""

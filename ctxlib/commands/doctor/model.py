@@ -1,0 +1,79 @@
+"""What a model and its tokenizer are: shape, vocabulary, and room for the indicator."""
+
+from typing import Any
+
+import numpy as np
+
+from ctxlib.commands.doctor.check import Check
+from ctxlib.conversations import Corpus
+from ctxlib.params import InputError
+
+UNKNOWN = 0.01  # share of unknown tokens from which on a text is not the tokenizer's
+
+
+def check_model(model: Any) -> list[Check]:
+    config = model.config.get_text_config()
+    heads, depth = config.num_attention_heads, config.num_hidden_layers
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    positions = getattr(config, "max_position_embeddings", None)
+    dtype = str(model.dtype).removeprefix("torch.")
+    dtype += " over 4-bit weights" if getattr(model, "is_quantized", False) else ""
+    shape = f"{config.model_type}: {depth} layers of {heads} heads ({kv_heads} kv), {positions or 'any'} positions"
+    finding, remedies = f"{shape}, {dtype}, {config._attn_implementation}", []
+    if config._attn_implementation == "eager":
+        remedies.append(
+            "it runs on eager attention, whole patterns in memory: attention: eager in params files, short prompts"
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and positions and window < positions:
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
+        finding += f"; {sum('sliding' in kind for kind in kinds)} layers see {window} tokens back"
+        remedies.append(f"keep prompts under {window} tokens: such layers see no further, and decoding is not recorded")
+    return [Check("model", "note" if remedies else "ok", finding, "; ".join(remedies))]
+
+
+def check_tokenizer(model: Any, tokenizer: Any, corpus: Corpus) -> list[Check]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    kind = "fast" if tokenizer.is_fast else "slow"
+    named = [f"{name} {getattr(tokenizer, f'{name}_token')!r}" for name in ("bos", "eos", "pad")]
+    finding = f"{kind}, {len(tokenizer)} tokens for {rows} embedding rows, {', '.join(named)}"
+    fails, notes = [], []
+    if len(tokenizer) > rows:
+        fails.append("take the model's own tokenizer: ids without an embedding end in an index error")
+    if tokenizer.eos_token_id is None:
+        notes.append("give the tokenizer an eos token: nothing ends an answer")
+    if not tokenizer.is_fast:
+        notes.append("save it as tokenizer.json: a slow tokenizer that normalises text is refused")
+    if tokenizer.unk_token_id is not None:
+        messages = [message.content for conversation in corpus.conversations for message in conversation.messages]
+        ids = np.concatenate([tokenizer(text, add_special_tokens=False).input_ids for text in messages])
+        unknown = float((ids == tokenizer.unk_token_id).mean())
+        if unknown > UNKNOWN:
+            finding += f"; {unknown:.0%} of the conversations' tokens are unknown to it"
+            notes.append("examine it with conversations in its own language: the layer's numbers mean little")
+    verdict = "fail" if fails else "note" if notes else "ok"
+    return [Check("tokenizer", verdict, finding, "; ".join(fails + notes))]
+
+
+def check_indicator(model: Any, tokenizer: Any, indicator: str) -> list[Check]:
+    vocabulary = tokenizer.get_vocab()
+    if not indicator.strip():
+        raise InputError("the indicator is blank; give a text such as '[IND]'")
+    if indicator in vocabulary:
+        added = tokenizer.added_tokens_decoder.get(vocabulary[indicator])
+        kind = "of the vocabulary" if added is None else "added as special" if added.special else "added as ordinary"
+        finding = f"{indicator!r} is token {vocabulary[indicator]} already, {kind}"
+        remedy = "fine-tune from the base model's own tokenizer, or choose another indicator"
+        return [Check("indicator", "fail", finding, remedy)]
+    pieces = tokenizer.tokenize(indicator)
+    holding = sorted(token for token in vocabulary if indicator in token)
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings()
+    rows, new_id = inputs.shape[0], max(vocabulary.values()) + 1
+    room = f"row {new_id} of {rows} is free" if new_id < rows else f"embeddings grow from {rows} to {new_id + 1} rows"
+    tied = "tied" if outputs is None or outputs.weight is inputs else "not tied"
+    finding = f"{indicator!r} is {len(pieces)} tokens now ({' '.join(pieces)}), will be token {new_id}: {room}, {tied}"
+    if not holding:
+        return [Check("indicator", "ok", finding)]
+    finding += f"; {len(holding)} tokens contain it, such as {holding[0]!r}"
+    remedy = "choose another indicator: once it is a token, it cuts through these wherever it is written"
+    return [Check("indicator", "note", finding, remedy)]

@@ -1,0 +1,184 @@
+"""What the judge reads and says: one judgement at a time, each kept as it comes."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ctxlib.commands.mt_bench.judge import Judge, open_judge, stopped
+from ctxlib.commands.mt_bench.questions import PROMPT_NAMES, Bench, Task
+from ctxlib.files import JsonLines
+from ctxlib.params import InputError
+
+RATING_COLUMNS = (
+    *("question", "category", "turn", "repeat", "rating", "problem"),
+    *("attempts", "prompt_tokens", "completion_tokens"),
+)
+NO_RATING, REFUSED = "no rating", "refused"
+
+
+def judge_prompt(bench: Bench, task: Task, answers: Sequence[str]) -> list[dict[str, str]]:
+    """What the judge reads about the last of `answers` (one or two turns), as messages of the chat protocol.
+
+    The names in braces are filled in at one go, so that an answer that spells one stays as it is. Raises InputError for
+    a name that single-answer grading does not have.
+    """
+    name = PROMPT_NAMES[len(answers), task.reference is not None]
+    values = {"question": task.turns[0], "answer": answers[-1]}
+    values |= {f"question_{i}": text for i, text in enumerate(task.turns, start=1)}
+    values |= {f"answer_{i}": text for i, text in enumerate(answers, start=1)}
+    values |= {f"ref_answer_{i}": text for i, text in enumerate(task.reference or (), start=1)}
+    system, template = bench.prompts[name]
+    if unknown := set(re.findall(r"\{(\w+)\}", template)) - set(values):
+        raise InputError(f"judge prompt '{name}': unknown name {{{min(unknown)}}}; known are {', '.join(values)}")
+    filled = re.sub(r"\{(\w+)\}", lambda found: values[found[1]], template)
+    return [{"role": "system", "content": system}, {"role": "user", "content": filled}]
+
+
+def parse_rating(text: str) -> float:
+    """The number from 1 to 10 in double brackets, `[[7]]`; NaN where there is none, or two that differ.
+
+    FastChat takes the first of several, and a number in single brackets where there is none in double ones.
+    """
+    found = {float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)}
+    rating = found.pop() if len(found) == 1 else math.nan
+    return rating if 1 <= rating <= 10 else math.nan
+
+
+def judge_answers(
+    answers: pd.DataFrame,
+    bench: Bench,
+    judge: Judge,
+    path: str | Path,
+    *,
+    client: Any = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Ratings of answers (question, turn, answer): RATING_COLUMNS, a row a judgement, in the order of `answers`.
+
+    A judgement without a rating is asked for once more; is there none again, `rating` is NaN and `problem` "no rating".
+    One that the server refuses (an answer too long for the judge, say) is NaN, too, `problem` giving the reason. Tokens
+    are those of all attempts, NaN where the server does not tell.
+
+    Every judgement is appended to the JSONL file `path` as it comes, under a hash of what the judge read, judge and
+    repeat, so that a run that was stopped asks only for those that it lacks; refused ones are asked for again, and
+    those on a damaged line of the file, with a warning.
+
+    Raises InputError for answers to unknown questions or without their first turn, where no judgement was given at all,
+    for a full disk, and as `open_judge` does (which gives the `client`) when the server fails for good.
+    """
+    asked = _judgements(answers, bench, judge)
+    kept = _Judgements(Path(path))
+    todo = {key: messages for key, (_, messages) in asked.items() if key not in kept.known}
+    refused: dict[str, str] = {}
+    if todo:
+        client = client or open_judge(judge)
+        pool = ThreadPoolExecutor(judge.workers)
+        try:
+            futures = {pool.submit(_judge_once, client, judge, kept, key, todo[key]): key for key in todo}
+            bar = tqdm(
+                as_completed(futures), "judgements", len(asked), initial=len(asked) - len(todo), disable=not progress
+            )
+            for future in bar:
+                if reason := future.result():
+                    refused[futures[future]] = reason
+        finally:
+            pool.shutdown(cancel_futures=True)  # those under way are paid for: they are awaited and kept
+    if asked and len(refused) == len(asked):
+        raise InputError(f"judge '{judge.model}' at {judge.base_url} refused every judgement: {min(refused.values())}")
+    rows = []
+    for key, (place, _) in asked.items():
+        if key in refused:
+            rows.append((*place, math.nan, f"{REFUSED}: {refused[key]}", 1, 0, 0))
+        else:
+            rows.append((*place, *kept.row(key)))
+    return pd.DataFrame(rows, columns=list(RATING_COLUMNS)).astype(
+        {"rating": float, "prompt_tokens": float, "completion_tokens": float}
+    )
+
+
+def _judgements(
+    answers: pd.DataFrame, bench: Bench, judge: Judge
+) -> dict[str, tuple[tuple[str, str, int, int], list[dict[str, str]]]]:
+    """By key: (question, category, turn, repeat), and the messages."""
+    tasks = {task.id: task for task in bench.tasks}
+    said = {(row.question, row.turn): row.answer for row in answers.itertuples()}
+    if len(said) < len(answers):
+        raise InputError("answers: a question and turn is there more than once; pass the answers of one model")
+    decides = {"model": judge.model, "base_url": judge.base_url}
+    decides |= {"temperature": judge.temperature and float(judge.temperature), "max_tokens": judge.max_tokens}
+    asked = {}
+    for question, turn in said:
+        if question not in tasks:
+            raise InputError(f"answers: question '{question}' is not in the benchmark; pass the one that was answered")
+        if missing := [t for t in range(1, turn) if (question, t) not in said]:
+            raise InputError(f"answers: question '{question}' has no answer of turn {missing[0]}; pass all turns")
+        task = tasks[question]
+        messages = judge_prompt(bench, task, [said[question, t] for t in range(1, turn + 1)])
+        for repeat in range(1, judge.repeats + 1):
+            what = decides | {"question": question, "messages": messages, "repeat": repeat}
+            canonical = json.dumps(what, sort_keys=True, ensure_ascii=False)
+            key = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+            asked[key] = (question, task.category, int(turn), repeat), messages
+    return asked
+
+
+def _judge_once(client: Any, judge: Judge, kept: "_Judgements", key: str, messages: list[dict[str, str]]) -> str | None:
+    """Asks for one judgement and keeps it; the reason where the server refuses it."""
+    import openai
+
+    options = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
+    options = {name: value for name, value in options.items() if value is not None}
+    texts, spent = [], np.zeros(2)
+    while len(texts) < 2 and (not texts or math.isnan(parse_rating(texts[-1]))):
+        try:
+            completion = client.chat.completions.create(model=judge.model, messages=messages, **options)
+            texts.append(completion.choices[0].message.content or "")
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if texts:
+                break
+            return " ".join(str(error).split())[:300]
+        except openai.OpenAIError as error:
+            raise stopped(judge, error) from None
+        except (ValueError, AttributeError, IndexError, TypeError):
+            raise stopped(judge, ValueError("the reply is no chat completion")) from None
+        usage = completion.usage
+        spent += (usage.prompt_tokens, usage.completion_tokens) if usage else math.nan
+    kept.add(key, texts, *spent.tolist())
+    return None
+
+
+class _Judgements:
+    """One JSONL file, a line a judgement, appended whole as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.lock = Lock()
+        self.lines = JsonLines(path, check=lambda judgement: (judgement["key"], self._row(judgement)))
+        self.known = {judgement["key"]: judgement for judgement in self.lines.rows}
+
+    def row(self, key: str) -> tuple[float, str, int, float, float]:
+        """rating, problem, attempts, prompt_tokens, completion_tokens."""
+        return self._row(self.known[key])
+
+    @staticmethod
+    def _row(judgement: dict[str, Any]) -> tuple[float, str, int, float, float]:
+        rating = parse_rating(judgement["texts"][-1])
+        tokens = (judgement[name] for name in ("prompt_tokens", "completion_tokens"))
+        problem = NO_RATING if math.isnan(rating) else ""
+        return rating, problem, len(judgement["texts"]), *(math.nan if n is None else float(n) for n in tokens)
+
+    def add(self, key: str, texts: list[str], *tokens: float) -> None:
+        counts = [None if math.isnan(n) else int(n) for n in tokens]
+        judgement = {"key": key, "texts": texts, "prompt_tokens": counts[0], "completion_tokens": counts[1]}
+        with self.lock:
+            self.known[key] = judgement
+            self.lines.append(judgement)

@@ -1,0 +1,400 @@
+"""A folder of scores: made from conversations, taken up again after a stop, read back, and used to mark the data.
+
+    prepare(Settings(model="./model", data="chats.jsonl")).score("scores")
+    mark_data("scores", "marked.jsonl", threshold=0.6)
+
+The folder holds `scores.parquet` (the frame of `score_corpus`), `scores.json` (the manifest, written last),
+`dropped_rows.csv`, and `parts/`, which lets a stopped run go on and can be deleted afterwards.
+"""
+
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ctxlib.conversations import Corpus, data_files, is_hub_dataset, load_conversations, save_conversations
+from ctxlib.files import digest, file_digest, write
+from ctxlib.indicator import mark, threshold_for_fraction, turn_table
+from ctxlib.miniature import model_source
+from ctxlib.models import DTYPES, load_config, load_model, load_tokenizer, require_chat_template
+from ctxlib.paper import THRESHOLD, paper_layer
+from ctxlib.params import InputError, Variant
+from ctxlib.results import to_json
+from ctxlib.scoring import (
+    HeadReduction,
+    answered_turns,
+    checked_layers,
+    checked_length,
+    corpus_hash,
+    score_corpus,
+    weights_hash,
+)
+
+Share = tuple[int, int]  # (i, n): the i-th of n, counted from 1
+PACKAGES = ("ctxlib", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "datasets", "pandas")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the scores.
+
+    layers: numbers from 0, "all", or None for the paper's layer, to scale (`paper_layer`).
+    max_length: tokens of a conversation that are looked at; None for all of the model's positions ("authors_code":
+    2047). The rest is explained where it is used: `load_model`, `load_tokenizer`, `load_conversations`, `score_corpus`.
+    """
+
+    model: str
+    data: str
+    layers: Sequence[int] | Literal["all"] | None = None
+    variant: Variant = "standard"
+    head_reduction: HeadReduction = "max_then_mean"
+    max_length: int | None = None
+    token_budget: int | None = None
+    conversations_per_part: int = 256
+    dtype: str = "float32"
+    quantisation: str | None = None
+    attention: str = "sdpa"
+    chat_template: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    split: str = "train"
+    on_bad_row: str = "error"
+    max_bad_rows: float = 0.05
+    remove_refusals: bool = False
+    limit: int | None = None
+
+    def load_data(self) -> Corpus:
+        rules = ("format", "split", "on_bad_row", "max_bad_rows", "remove_refusals", "limit")
+        return load_conversations(self.data, **{name: getattr(self, name) for name in rules})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of `Prepared.score` did. `manifest` is None while the parts of `missing_shares` are not there."""
+
+    manifest: dict[str, Any] | None
+    scores: pd.DataFrame
+    missing_shares: list[Share]
+    tokens: int
+    seconds: float
+
+    def summary(self) -> list[str]:
+        """What was done, in a few lines for a person."""
+        speed = f"{self.tokens:,} tokens in {self.seconds:,.1f} s ({self.tokens / self.seconds:,.0f} tokens/s)"
+        lines = [speed if self.tokens else "no new tokens: all parts were there"]
+        if self.manifest is None:
+            shares = ", ".join(f"{i}/{n}" for i, n in self.missing_shares)
+            return [*lines, f"not complete: still to be run, with the same --out: --shard {shares}"]
+        counts, skipped = self.manifest["counts"], self.manifest["skipped"]
+        lines.append(f"scored {counts['turns_scored']:,} of {counts['turns']:,} turns")
+        lines += [f"  not scored: {n:,}, {reason}" for reason, n in skipped.items()]
+        for layer, of_layer in self.scores.groupby("layer")["score"]:
+            low, middle, high = of_layer.quantile([0.1, 0.5, 0.9])
+            over = (of_layer > THRESHOLD).mean()
+            lines.append(
+                f"  layer {layer}: median {middle:.2f}, 10–90 % {low:.2f}–{high:.2f}; over {THRESHOLD}: {over:.1%}"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Settings that were checked and filled in, with the data and the tokenizer; the weights are not loaded yet."""
+
+    settings: Settings
+    depth: int
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    files: dict[str, str]
+
+    @cached_property
+    def n_turns(self) -> int:
+        return sum(len(answered_turns(conversation)) for conversation in self.corpus.conversations)
+
+    def description(self) -> list[str]:
+        """What will be scored and how, in a few lines for a person; the first dropped rows among them."""
+        settings, listed = self.settings, self.corpus.dropped_rows
+        lines = [
+            f"{settings.data}: {len(self.corpus):,} conversations ({settings.format}), {self.n_turns:,} answered turns",
+            *(f"  {n:,} × {reason}" for reason, n in self.corpus.dropped.itertuples(index=False)),
+            *(
+                f"    {place}, {key}: {reason}".replace(", :", ":")
+                for place, key, reason, _ in listed.head(5).to_numpy()
+            ),
+            *([f"    … and {len(listed) - 5:,} more rows, all in dropped_rows.csv"] if len(listed) > 5 else []),
+        ]
+        layers = ", ".join(map(str, settings.layers))
+        paper = "; the paper's 15 of 22, to scale" if settings.layers == (paper_layer(self.depth),) else ""
+        how = f"{settings.variant} variant, {settings.head_reduction}, up to {settings.max_length:,} tokens"
+        return [*lines, f"{settings.model}: layer {layers} (of 0 to {self.depth - 1}{paper}); {how}"]
+
+    def score(self, folder: str | Path, share: Share = (1, 1), progress: bool = True) -> Run:
+        """Scores one share of the parts and, when the parts of all shares are there, writes the folder's files.
+
+        Parts are kept under a hash of everything that decides the scores, so that a stopped run goes on where it was
+        and ends with the same bytes, and other settings start anew. The token budget is none of these: where memory ran
+        out, a smaller one goes on from the parts. Scores that the folder holds are replaced when the
+        new ones are complete, not before.
+
+        Raises InputError for a folder that cannot be written or holds the data, for a model that is not loadable or
+        whose attention cannot be recorded, for a score that is not a number, and when no turn could be scored.
+        """
+        folder, settings = Path(folder), self.settings
+        self._make(folder)
+        model = load_model(
+            model_source(settings.model),
+            dtype=settings.dtype,
+            quantisation=settings.quantisation,
+            attention=settings.attention,
+            revision=settings.revision,
+        )
+        identity = {
+            "weights": weights_hash(model),
+            "chat_template": digest(self.tokenizer.chat_template),
+            "vocabulary": digest(sorted(self.tokenizer.get_vocab().items())),
+            "conversations": corpus_hash(self.corpus),
+        }
+        how = {name: getattr(settings, name) for name in _HOW}
+        parts = folder / "parts" / digest([identity, how, settings.dtype, settings.quantisation, settings.attention])
+        call = {"model": model, "tokenizer": self.tokenizer, "corpus": self.corpus, "shard_dir": parts, **how}
+        call |= {"weights": identity["weights"], "token_budget": settings.token_budget}
+
+        there_before = set(_part_files(parts))
+        began = time.perf_counter()
+        try:
+            scores = score_corpus(**call, shard=(share[0] - 1, share[1]), progress=progress)
+        except InputError:
+            if share == (1, 1) or share in self._missing(parts, share[1]):
+                raise
+            scores = pd.DataFrame()  # a share of nothing but turns that cannot be scored
+        seconds = time.perf_counter() - began
+        tokens = sum(_n_tokens(pd.read_parquet(part)) for part in _part_files(parts) if part not in there_before)
+        if missing := self._missing(parts, share[1]):
+            return Run(None, scores, missing, tokens, seconds)
+        if share[1] > 1:
+            scores = score_corpus(**call, progress=False)
+        manifest = self._manifest(identity, scores) | {
+            "run": {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
+        }
+        write(folder / "dropped_rows.csv", self.corpus.dropped_rows.to_csv(index=False, lineterminator="\n"))
+        write(folder / "scores.parquet", scores.to_parquet(index=False))
+        manifest["scores_sha256"] = file_digest(folder / "scores.parquet")
+        write(folder / "scores.json", to_json(manifest))
+        return Run(manifest, scores, [], tokens, seconds)
+
+    def _make(self, folder: Path) -> None:
+        if folder.resolve() == Path(self.settings.data).expanduser().resolve():
+            raise InputError(f"{folder}: is where the data are; choose another folder for the scores")
+        try:
+            (folder / "parts").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: no folder to write the scores to: {error.strerror}; choose another") from error
+
+    def _missing(self, parts: Path, shares: int) -> list[Share]:
+        """The shares that have parts which are not there."""
+        there = {int(re.sub(r"\D", "", part.stem)) for part in _part_files(parts)}
+        wanted = range(math.ceil(len(self.corpus) / self.settings.conversations_per_part))
+        return [(i + 1, shares) for i in sorted({number % shares for number in wanted if number not in there})]
+
+    def _manifest(self, identity: dict[str, str], scores: pd.DataFrame) -> dict[str, Any]:
+        dropped = self.corpus.dropped
+        return {
+            "settings": asdict(self.settings),
+            "identity": identity,
+            "data_sha256": self.files,
+            "counts": {
+                "conversations": len(self.corpus),
+                "turns": self.n_turns,
+                "turns_scored": len(scores[["conversation", "turn"]].drop_duplicates()),
+                "tokens": _n_tokens(scores),
+            },
+            "skipped": scores.attrs["skipped"],
+            "dropped": dict(zip(dropped["reason"], dropped["n"].tolist(), strict=True)),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        }
+
+
+_HOW = ("layers", "variant", "head_reduction", "max_length", "conversations_per_part")
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Marked conversations, and the layer, threshold and variant that they were marked by."""
+
+    corpus: Corpus
+    layer: int
+    threshold: float
+    variant: Variant
+
+    def summary(self) -> str:
+        turns = turn_table(self.corpus)
+        return (
+            f"marked {int(turns['indicated'].sum()):,} of {len(turns):,} turns (score at layer {self.layer} over "
+            f"{self.threshold:.6g}); without a score, so unmarked: {int(turns['score'].isna().sum()):,}"
+        )
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Checks everything that can be told without the model's weights; layers, max_length and format are filled in.
+
+    Raises InputError for a setting out of range, a model, tokenizer, chat template or data that is not there or not
+    usable, a layer that the model does not have, and data without a turn to score.
+    """
+    choices = {"variant": get_args(Variant), "head_reduction": get_args(HeadReduction), "dtype": tuple(DTYPES)}
+    for name, allowed in choices.items():
+        if (value := getattr(settings, name)) not in allowed:
+            raise InputError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+    for name in ("max_length", "token_budget", "conversations_per_part", "limit"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise InputError(f"{name} {value}: give a number from 1 on")
+    model = model_source(settings.model)
+    config = load_config(model, revision=settings.revision)
+    depth, positions = (getattr(config, name, None) for name in ("num_hidden_layers", "max_position_embeddings"))
+    if not depth or not positions:
+        missing = "layers" if not depth else "positions"
+        raise InputError(f"{settings.model}: a {config.model_type} model has no fixed number of {missing}; use another")
+    layers = (paper_layer(depth),) if settings.layers is None else settings.layers
+    layers = tuple(checked_layers(layers, depth, settings.model))
+    _check_layer_types(config, layers)
+    tokenizer = load_tokenizer(model, chat_template=settings.chat_template, revision=settings.revision)
+    require_chat_template(tokenizer)
+    corpus = settings.load_data()
+    prepared = Prepared(
+        settings=replace(
+            settings,
+            layers=layers,
+            max_length=checked_length(settings.max_length, positions, settings.variant),
+            format=corpus.format,
+        ),
+        depth=depth,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        files=_file_digests(settings.data),
+    )
+    if not prepared.n_turns:
+        left = f"the {len(corpus):,} conversations hold" if len(corpus) else "every row was dropped, which leaves"
+        raise InputError(f"{settings.data}: {left} no user message with an answer; there is nothing to score")
+    return prepared
+
+
+def _check_layer_types(config: PreTrainedConfig, layers: Sequence[int]) -> None:
+    """Raises InputError for layers without attention, where the configuration tells of which type they are."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    with_attention = [layer for layer, type in enumerate(types) if type not in ("linear_attention", "conv", "moe")]
+    if missing := [layer for layer in layers if layer not in with_attention]:
+        nothing = f"this {config.model_type} model has no attention that can be recorded in layers {missing}"
+        raise InputError(f"{nothing}; choose one of {with_attention}" if with_attention else f"{nothing}; use another")
+
+
+def parse_share(text: str) -> Share:
+    """(2, 4) of "2/4". Raises InputError for what is no share; they are counted from 1."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    share = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= share[0] <= share[1]:
+        raise InputError(f"shard {text}: give the share and their number, counted from 1: 1/4, 2/4, 3/4 or 4/4")
+    return share
+
+
+def parse_layers(texts: list[str] | None) -> tuple[int, ...] | Literal["all"] | None:
+    """(3, 4) of ["3", "4"], "all" of ["all"], None of nothing. Raises InputError for what is no layer."""
+    if not texts:
+        return None
+    if texts == ["all"]:
+        return "all"
+    if wrong := [text for text in texts if not text.strip().isdecimal()]:
+        raise InputError(f"layer {wrong[0]}: give a number from 0 on, or 'all' alone")
+    return tuple(int(text) for text in texts)
+
+
+def read_scores(folder: str | Path) -> tuple[pd.DataFrame, Settings, dict[str, Any]]:
+    """Scores, their settings and the whole manifest of a folder.
+
+    Raises InputError where they are missing, unreadable or do not belong together.
+    """
+    folder = Path(folder)
+    again = f"run 'ctxlib score … --out {folder}' (again)"
+    if not (folder / "scores.json").is_file() or not (folder / "scores.parquet").is_file():
+        raise InputError(f"{folder}: no complete scores there (scores.json and scores.parquet); {again}")
+    try:
+        manifest = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        settings, scores_sha256 = Settings(**manifest["settings"]), manifest["scores_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'scores.json'}: not a manifest of scores; {again}") from error
+    if file_digest(folder / "scores.parquet") != scores_sha256:
+        raise InputError(f"{folder}: scores.parquet is not the file that scores.json tells of; {again}")
+    return pd.read_parquet(folder / "scores.parquet"), settings, manifest
+
+
+def mark_data(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    threshold: float | None = None,
+    fraction: float | None = None,
+    layer: int | None = None,
+    variant: Variant | None = None,
+    data: str | None = None,
+) -> Marked:
+    """Writes the data of a folder of scores to `out` (.jsonl, .json, .parquet), marked where a score is over threshold.
+
+    threshold: in [0, 1]; or fraction: the top share of scored turns, in [0, 1]. One of the two.
+    layer: may be left out where one was scored. variant: of `indicator.mark`; by default that of the scores.
+    data: where the data are now, if they were moved; they must be the same, byte by byte.
+
+    Raises InputError as `read_scores`, `load_conversations`, `mark` and `save_conversations` do, for data that are not
+    those scored, and for an `out` that would overwrite the scores or the data.
+    """
+    scores, settings, manifest = read_scores(folder)
+    if (threshold is None) == (fraction is None):
+        raise InputError("give a threshold or a fraction, one of the two")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold}: scores lie between 0 and 1, give a number there")
+    if layer is None and len(settings.layers) > 1:
+        raise InputError(f"{folder}: layers {', '.join(map(str, settings.layers))} were scored; name one (layer)")
+    layer = settings.layers[0] if layer is None else layer
+    if layer not in settings.layers:
+        raise InputError(f"{folder}: layer {layer} was not scored; there is {', '.join(map(str, settings.layers))}")
+    if fraction is not None:
+        threshold = threshold_for_fraction(scores, fraction, layer=layer)
+    settings = replace(settings, data=data or settings.data)
+    if not is_hub_dataset(settings.data) and not Path(settings.data).expanduser().exists():
+        raise InputError(f"{settings.data}: the data that {folder} holds scores of are not there; say where (data)")
+    changed = f"{settings.data}: not the data that {folder} holds scores of; bring these back, or score the new data"
+    if sorted(_file_digests(settings.data).values()) != sorted(manifest["data_sha256"].values()):
+        raise InputError(changed)
+    sources = [] if is_hub_dataset(settings.data) else data_files(settings.data)
+    if Path(out).resolve() in [path.resolve() for path in (Path(folder) / "scores.parquet", *sources)]:
+        raise InputError(f"{out}: the marks are made from this file; choose another name")
+    corpus = settings.load_data()
+    if corpus_hash(corpus) != manifest["identity"]["conversations"]:
+        raise InputError(changed)
+    variant = variant or settings.variant
+    marked = mark(corpus, scores, threshold, layer=layer, variant=variant)
+    save_conversations(marked, out)
+    return Marked(marked, layer, threshold, variant)
+
+
+def _file_digests(source: str) -> dict[str, str]:
+    """sha256 of every data file by name; nothing for a dataset of the hub, which only its conversations can tell."""
+    if is_hub_dataset(source):
+        return {}
+    return {path.name: file_digest(path) for path in data_files(source)}
+
+
+def _part_files(parts: Path) -> list[Path]:
+    return sorted(parts.glob("*/part-*.parquet"))
+
+
+def _n_tokens(scores: pd.DataFrame) -> int:
+    """Tokens that the model read: of every conversation, up to the end of its last scored answer."""
+    return int((scores["context_tokens"] + scores["answer_tokens"]).groupby(scores["conversation"]).max().sum())

@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all, files that were fetched, and hashes."""
+
+from ctxlib.files.atomic import JsonLines, disk_space, replacing, write
+from ctxlib.files.downloads import (
+    AGAIN,
+    check_is_itself,
+    check_safetensors,
+    hub_remedy,
+    one_line,
+    read_json,
+    read_json_object,
+    read_text,
+)
+from ctxlib.files.hashes import digest, file_digest
+
+__all__ = [
+    "AGAIN",
+    "JsonLines",
+    "check_is_itself",
+    "check_safetensors",
+    "digest",
+    "disk_space",
+    "file_digest",
+    "hub_remedy",
+    "one_line",
+    "read_json",
+    "read_json_object",
+    "read_text",
+    "replacing",
+    "write",
+]

@@ -1,0 +1,1 @@
+"""Questions to ask a model, from files, from haystacks and from rules."""

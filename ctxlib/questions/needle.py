@@ -1,0 +1,288 @@
+"""Needle in a haystack: a sentence or several that hold the answer, somewhere in a long text that does not matter."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxlib.allocation import attention_allocation, mean_over_heads
+from ctxlib.conversations import Message, Question
+from ctxlib.files import read_text
+from ctxlib.params import InputError, Variant
+from ctxlib.roles import Role, RoleMap
+
+CELL = ["context_length_tokens", "depth_percent"]
+NEEDLE_PARTS = ("bos", "needle", "user", "assistant", "template")  # what the roles mean after `needle_apart`
+PROMPTS = {  # the paper's table 8, by number
+    1: "You are a helpful AI assistant that answers a question using only the provided document: "
+    "\n{context}\n\nQuestion: {question}",
+    2: "You are a helpful AI assistant that answers a question using only the provided context: "
+    "\n{context}\n\nQuestion: {question}",
+    3: "Document: \n{context}\n\nAnswer the question according to the provided document: {question}",
+    4: "Context: \n{context}\n\nAnswer the question according to the provided context: {question}",
+}
+PAPER_NEEDLE = {
+    "needle": "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day. ",
+    "question": "What is the best thing to do in San Francisco?",
+    "keywords": ("eat", "sandwich", "sit", "dolores", "park", "sunny", "day"),
+}
+AUTHORS_PREFIX_WORDS = 8
+AUTHORS_BUFFER = 200  # tokens of every length that the authors' code keeps free
+
+
+def paper_grid(longest: int) -> dict[str, list[int]]:
+    """`lengths`, 20 from 200 to `longest` tokens, and `depths`, 20 from 0 to 100 percent, rounded (section 2.1).
+
+    `longest` is 1,000 for the models trained on WizardLM, 2,000 or 4,000 for the others, official models: their window.
+    """
+    evenly = {"lengths": np.linspace(200, longest, 20), "depths": np.linspace(0, 100, 20)}
+    return {name: values.round().astype(int).tolist() for name, values in evenly.items()}
+
+
+def needle_depths(first: int | float, n: int) -> list[float]:
+    """Depths in percent of n needles: the first at `first`, the others evenly spread over the rest of the haystack."""
+    return [first + (100 - first) * k / n for k in range(n)]
+
+
+def place_needle(sentences: Sequence[str], needle: str, depth_percent: int | float) -> str:
+    """The text with the needle before the sentence at that depth: 0 puts it first, 100 last (paper section 2.1)."""
+    return place_needles(sentences, [needle], [depth_percent])
+
+
+def place_needles(sentences: Sequence[str], needles: Sequence[str], depths: Sequence[int | float]) -> str:
+    """The text with each needle at its own depth in percent of the haystack's sentences; at one place, in order."""
+    pieces = list(sentences)
+    places = [round(depth / 100 * len(sentences)) for depth in depths]
+    for place, needle in sorted(zip(places, needles, strict=True), key=lambda at: at[0])[::-1]:
+        pieces.insert(place, needle)
+    return " ".join(pieces)
+
+
+def read_haystack(folder: Path) -> list[str]:
+    """All sentences of the folder's .txt files in the order of their names; newlines become spaces, as in the paper.
+
+    Raises InputError where there is no text, and for a file that is not readable or something else than text.
+    """
+    files = sorted(folder.glob("*.txt"))
+    text = " ".join(" ".join(read_text(file).split()) for file in files)
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
+    if not sentences:
+        raise InputError(f"needle.haystack: {folder} holds no .txt file with text; put the haystack's texts there")
+    return sentences
+
+
+def text_needles(
+    sentences: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needle: str | Sequence[str],
+    question: str,
+    keywords: Sequence[str],
+    response_prefix: str | None = None,
+    lengths: Sequence[int],
+    depths: Sequence[int | float],
+    per_cell: int,
+    seed: int,
+    prompt: int = 1,
+    variant: Variant = "standard",
+) -> list[Question]:
+    """One question for each length × depth × repetition; a repetition is another stretch of the haystack.
+
+    All depths of one length and repetition share the stretch. With several needles the depth is that of the first
+    (`needle_depths` has the others), and `keywords` are those of all. `prompt` is a number of `PROMPTS`.
+
+    - `standard`: the haystack is the longest run of whole sentences that fits beside the needles, so that a context is
+      never longer than `context_length_tokens`, tokens of the tokenizer, and at most one sentence shorter.
+    - `authors_code`: the haystack is cut at a token; the needle's tokens go behind the last full stop before their
+      depth; of each length `AUTHORS_BUFFER` tokens are kept free, with a slice that ends before its beginning at short
+      lengths, so that of 200 tokens 200 are left, and of 242 only 42. `context_length_tokens` is what is left; the
+      length asked for stands in the id. The first repetition is theirs, the haystack's beginning. Prompts 3 and 4 say
+      "accoriding", and where no `response_prefix` is given it is the needle's first eight words.
+
+    Reference: Wang et al. 2024, sections 2.1 and A.3, table 8; official LLMNeedleHaystackTester.py.
+
+    Raises InputError if the texts are shorter than the longest length, a length is shorter than the needles, and for a
+    prompt or variant that does not exist.
+    """
+    needles = [needle] if isinstance(needle, str) else list(needle)
+    if prompt not in PROMPTS or variant not in ("standard", "authors_code"):
+        raise InputError(
+            f"needle: prompt {prompt!r}, variant {variant!r}; give 1 to 4, and 'standard' or 'authors_code'"
+        )
+    if not needles or not all(text.strip() for text in needles):
+        raise InputError("needle.needle: empty; give the sentence that holds the answer, or a list of such sentences")
+    costs = _costs(tokenizer, sentences)
+    needle_cost = sum(_costs(tokenizer, [text.strip() for text in needles]))
+    if sum(costs) + (needle_cost if variant == "standard" else 0) < max(lengths):
+        raise InputError(
+            f"needle.haystack: its texts hold {sum(costs)} tokens, needle.lengths asks for {max(lengths)}; "
+            "add texts or lower the lengths"
+        )
+    if min(lengths) < needle_cost:
+        raise InputError(f"needle.lengths: {min(lengths)} is less than the needle's {needle_cost} tokens; raise it")
+
+    wording, contexts = PROMPTS[prompt], _standard_contexts
+    if variant == "authors_code":
+        wording, contexts = wording.replace("according", "accoriding"), _authors_contexts
+        if response_prefix is None:
+            response_prefix = " ".join(needles[0].split()[:AUTHORS_PREFIX_WORDS])
+    spread = [needle_depths(depth, len(needles)) for depth in depths]
+    questions = []
+    for length in lengths:
+        starts = [random.Random(f"needle-{length}-{i}-{seed}").randrange(len(sentences)) for i in range(per_cell)]
+        if variant == "authors_code":
+            starts[0] = 0
+        made = [contexts(tokenizer, sentences, costs, start, needles, length, spread) for start in starts]
+        for place, depth in enumerate(depths):
+            for i in range(per_cell):
+                context, tokens = made[i][place]
+                questions.append(
+                    Question(
+                        id=f"needle-text-{length}-{depth:g}-{i}",
+                        family="needle",
+                        kind="text",
+                        messages=(Message("user", wording.format(context=context, question=question)),),
+                        response_prefix=response_prefix or "",
+                        answers=(" ".join(text.strip() for text in needles),),
+                        keywords=tuple(keywords),
+                        context_length_tokens=tokens,
+                        depth_percent=float(depth),
+                    )
+                )
+    return questions
+
+
+def needle_apart(rendered: RoleMap, question: Question, needles: Sequence[str] | None = None) -> RoleMap:
+    """The same tokens with those of the needles told apart from the user's others.
+
+    The roles are then to be read as `NEEDLE_PARTS`: the needles stand in the place of a system text. `needles` are the
+    sentences as they stand in the question's messages, by default its first gold answer. Raises InputError for a map
+    that does not know its characters or that has a system text, and for a needle that is not there exactly once.
+    """
+    if rendered.chars is None or (rendered.roles == Role.SYSTEM).any():
+        raise InputError("needle_apart: needs a map made by role_map, of messages without a system text")
+    text = "".join(message.content for message in question.messages)
+    roles = rendered.roles.clone()
+    for needle in map(str.strip, needles or question.answers[:1]):
+        if text.count(needle) != 1:
+            raise InputError(
+                f"question {question.id!r}: {needle!r} is there {text.count(needle)} times instead of once; "
+                "give the needle as it stands in the haystack"
+            )
+        start = text.index(needle)
+        inside = (rendered.chars[:, 1] > start) & (rendered.chars[:, 0] < start + len(needle))
+        roles[inside & (rendered.roles == Role.USER)] = Role.SYSTEM
+    return replace(rendered, roles=roles)
+
+
+def needle_attention(
+    model: PreTrainedModel,
+    maps: Sequence[RoleMap],
+    questions: Sequence[Question],
+    *,
+    layer: int,
+    batch_size: int,
+    pad_token_id: int,
+    needles: Sequence[str] | None = None,
+    steering_alpha: float | None = None,
+) -> pd.DataFrame:
+    """How much of the last input token's attention falls on the needles: one row a question, in their order.
+
+    Columns: id, context_length_tokens, depth_percent, `needle_attention` (the mean over the heads of `layer`, in
+    [0, 1]) and `needle_tokens` (the needles' share of all tokens, in [0, 1]: what even attention would give). `maps`
+    are the questions as the model reads them, `needles` as in `needle_apart`.
+    `metrics.summarise(frame, CELL, "needle_attention")` is the map over length and depth, with intervals, beside that
+    of the answers' `recalled`. Raises InputError as `needle_apart` does.
+    """
+    apart = [needle_apart(rendered, asked, needles) for rendered, asked in zip(maps, questions, strict=True)]
+    shares = attention_allocation(
+        model,
+        apart,
+        batch_size=batch_size,
+        pad_token_id=pad_token_id,
+        layers=[layer],
+        steering_alpha=steering_alpha,
+        names=NEEDLE_PARTS,
+    )
+    on_needle = mean_over_heads(shares[shares.role == "needle"]).sort_values("example").attention_allocation
+    return pd.DataFrame(
+        {
+            "id": [asked.id for asked in questions],
+            "context_length_tokens": [asked.context_length_tokens for asked in questions],
+            "depth_percent": [asked.depth_percent for asked in questions],
+            "needle_attention": on_needle.to_numpy(),
+            "needle_tokens": [(of.roles == Role.SYSTEM).double().mean().item() for of in apart],
+        }
+    )
+
+
+def _standard_contexts(
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    costs: Sequence[int],
+    start: int,
+    needles: Sequence[str],
+    length: int,
+    spread: Sequence[Sequence[float]],
+) -> list[tuple[str, int]]:
+    """For each of the needles' depths the context of whole sentences, and its length."""
+    needles = [needle.strip() for needle in needles]
+    hay = _stretch(sentences, costs, length - sum(_costs(tokenizer, needles)), start)
+    return [(place_needles(hay, needles, depths), length) for depths in spread]
+
+
+def _authors_contexts(
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    costs: Sequence[int],
+    start: int,
+    needles: Sequence[str],
+    length: int,
+    spread: Sequence[Sequence[float]],
+) -> list[tuple[str, int]]:
+    """For each of the needles' depths the context as the authors' code slices it, and the tokens that are left."""
+    pieces = [_ids(tokenizer, needle) for needle in needles]
+    hay = _ids(tokenizer, " ".join(_stretch(sentences, costs, length + max(costs), start)))[:length]
+    hay = hay[: length - AUTHORS_BUFFER - sum(map(len, pieces))]  # below zero: cut from the end
+    full_stops = {token for token in set(hay) if tokenizer.decode([token]).strip() == "."}
+    contexts = []
+    for depths in spread:
+        context = list(hay)
+        for depth, piece in reversed(list(zip(depths, pieces, strict=True))):
+            place = int(len(hay) * depth / 100)
+            while depth < 100 and place and hay[place - 1] not in full_stops:
+                place -= 1
+            context[place:place] = piece
+        contexts.append((tokenizer.decode(context), len(context)))
+    return contexts
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _costs(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> list[int]:
+    """Tokens of each sentence where it stands in the text, with the space before it."""
+    ends = np.cumsum([len(sentence) + 1 for sentence in sentences])
+    text = "".join(f" {sentence}" for sentence in sentences)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    last = np.array(encoded["offset_mapping"])[:, 1] - 1
+    owners = np.searchsorted(ends, last, side="right").clip(0, len(sentences) - 1)
+    return np.bincount(owners, minlength=len(sentences)).tolist()
+
+
+def _stretch(sentences: Sequence[str], costs: Sequence[int], budget: int, start: int) -> list[str]:
+    """Whole sentences from `start` on, around the end if need be, while they fit."""
+    taken = []
+    for i in range(len(sentences)):
+        at = (start + i) % len(sentences)
+        if costs[at] > budget:
+            break
+        budget -= costs[at]
+        taken.append(sentences[at])
+    return taken

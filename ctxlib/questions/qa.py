@@ -1,0 +1,246 @@
+"""Reading comprehension: SQuAD 1.1 and 2.0, QuAC and DROP, from their official JSON files or from the hub."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ctxlib.conversations import Message, Question, hub_rows, is_hub_dataset
+from ctxlib.files import read_json
+from ctxlib.metrics import CANNOTANSWER, quac_references
+from ctxlib.params import InputError, Variant
+
+PASSAGE_PROMPT = "{context}\nAnswer the question according to the above passage: {question}"
+PIECES_PROMPT = "{context}\nAnswer the question with pieces from the above passage: {question}"  # QuAC
+AUTHORS_PIECES_PROMPT = PIECES_PROMPT.replace("from the", "from the the")
+PLAIN_PROMPT = "{context} {question}"
+_REMEDY = "give qa.sources an official JSON file of SQuAD, QuAC or DROP"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One question of any of the datasets; `earlier` are the questions and answers before it in its dialogue."""
+
+    dataset: Literal["squad", "squad_v2", "quac", "drop"]
+    id: str
+    context: str
+    question: str
+    annotations: tuple[tuple[str, ...], ...]
+    dialogue: str | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
+
+
+def load_questions(
+    source: str | Path,
+    n: int | None = None,
+    seed: int = 0,
+    *,
+    prompt: Literal["instruction", "plain"] = "instruction",
+    variant: Variant = "standard",
+    split: str = "validation",
+) -> list[Question]:
+    """Questions about passages, ready to be answered and scored: all of them, or `n` drawn by the seed.
+
+    `source` is an official JSON file (SQuAD v1.1, v2.0, QuAC, DROP; told by its content) or a hub's `owner/name`, of
+    which the `split` is read: rajpurkar/squad, rajpurkar/squad_v2, allenai/quac, EleutherAI/drop and others of their
+    columns. The family is `qa`, the kind `squad`, `squad_v2`, `quac` or `drop`, with `_no_answer` added where the
+    passage holds no answer (of QuAC: where most annotators found none).
+
+    `prompt` is `instruction`, as for the paper's ShareGPT and WizardLM models, or `plain`, context and question only,
+    as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters for QuAC alone, whose passage stands
+    behind title and background. `authors_code`: the first question of each dialogue, the final CANNOTANSWER taken from
+    the passage, the prompt with its doubled "the". `standard`: every question, behind the earlier ones with their
+    answers as turns, and CANNOTANSWER left as the piece to answer with where there is no answer; dialogues stay whole,
+    so that as many are drawn as fit into `n` questions.
+
+    Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub's dataset
+    that tells too little to score, and an `n` too small for one dialogue.
+    """
+    if is_hub_dataset(source):
+        units = list(_hub_units(str(source), split, variant))
+    else:
+        units = list(_file_units(Path(source).expanduser(), variant))
+    asked = [one for unit in units for one in unit]
+    if not asked:
+        raise InputError(f"{source}: holds no question; {_REMEDY}")
+    times = Counter(one.id for one in asked)
+    if repeated := [key for key, count in times.items() if count > 1]:
+        raise InputError(f"{source}: the id '{repeated[0]}' names more than one question; give each its own")
+    impossible = any(one.dataset == "squad_v2" for one in asked)
+    chosen = asked if n is None or n >= len(asked) else _drawn(source, units, n, seed)
+    return [_question(one, "squad_v2" if impossible else one.dataset, prompt, variant) for one in chosen]
+
+
+def _drawn(source: str | Path, units: Sequence[Sequence[_Asked]], n: int, seed: int) -> list[_Asked]:
+    rng = random.Random(seed)
+    if all(len(unit) == 1 for unit in units):
+        return [one for (one,) in rng.sample(units, n)]
+    chosen: list[_Asked] = []
+    for unit in rng.sample(units, len(units)):
+        if len(chosen) + len(unit) > n:
+            break
+        chosen += unit
+    if not chosen:
+        longest = max(len(unit) for unit in units)
+        raise InputError(f"{source}: {n} questions may be less than one whole dialogue; ask for n = {longest} or more")
+    return chosen
+
+
+def _question(asked: _Asked, dataset: str, prompt: str, variant: str) -> Question:
+    annotations = asked.annotations
+    if dataset == "quac":
+        answers = quac_references([text for (text,) in annotations])
+        instruction = AUTHORS_PIECES_PROMPT if variant == "authors_code" else PIECES_PROMPT
+    else:
+        answers, instruction = [", ".join(spans) for spans in annotations] or [""], PASSAGE_PROMPT
+    wording = instruction if prompt == "instruction" else PLAIN_PROMPT
+    said = [text for turn in asked.earlier for text in turn] + [asked.question]
+    said[0] = wording.format(context=asked.context, question=said[0])
+    unanswered = not annotations or answers == [CANNOTANSWER]
+    return Question(
+        id=asked.id,
+        family="qa",
+        kind=f"{dataset}_no_answer" if unanswered else dataset,
+        messages=tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)),
+        answers=tuple(dict.fromkeys(answers)),
+        annotations=annotations,
+        dialogue=asked.dialogue,
+    )
+
+
+def _file_units(path: Path, variant: str) -> Iterator[list[_Asked]]:
+    content = read_json(path, _REMEDY)
+    if isinstance(content, dict) and "data" in content:
+        for a, article in enumerate(_get(content, "data", list, f"{path}, ")):
+            where = f"{path}, data[{a}]."
+            for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):
+                yield from _paragraph_units(article, paragraph, f"{where}paragraphs[{p}].", variant)
+    elif isinstance(content, dict) and any(isinstance(p, dict) and "qa_pairs" in p for p in content.values()):
+        for name, passage in content.items():
+            where = f"{path}, {name}."
+            for q, qa in enumerate(_get(passage, "qa_pairs", list, where)):
+                context = _get(passage, "passage", str, where)
+                yield [_drop(qa, context, f"{where}qa_pairs[{q}].")]
+    else:
+        raise InputError(f"{path}: in none of the formats (no key 'data', no passages with 'qa_pairs'); {_REMEDY}")
+
+
+def _paragraph_units(article: dict, paragraph: Any, where: str, variant: str) -> Iterator[list[_Asked]]:
+    """A QuAC dialogue, or SQuAD's questions one by one."""
+    context = _get(paragraph, "context", str, where)
+    qas = [(qa, f"{where}qas[{q}].") for q, qa in enumerate(_get(paragraph, "qas", list, where))]
+    if not any(isinstance(qa, dict) and "orig_answer" in qa for qa, _ in qas):
+        yield from ([_squad(qa, context, place)] for qa, place in qas)
+        return
+    turns = [
+        (
+            _get(qa, "id", str, place),
+            _get(qa, "question", str, place),
+            [_get(answer, "text", str, f"{place}answers.") for answer in _get(qa, "answers", list, place)],
+            _get(_get(qa, "orig_answer", dict, place), "text", str, f"{place}orig_answer."),
+        )
+        for qa, place in qas
+    ]
+    heads = [article.get(key) or "" for key in ("title", "background")]
+    yield _dialogue(_get(paragraph, "id", str, where), *heads, context, turns, variant, where)
+
+
+def _hub_units(name: str, split: str, variant: str) -> Iterator[list[_Asked]]:
+    for place, row in hub_rows(name, split, f"or {_REMEDY}"):
+        where = f"{name}, {place}, "
+        if "answers_spans" in row:
+            raise InputError(
+                f"{where}answers_spans: merges the spans of all annotators, so that DROP's scores cannot be computed; "
+                "use EleutherAI/drop, or the official JSON file"
+            )
+        if "passage" in row:
+            yield [_drop(row, _get(row, "passage", str, where), where)]
+        elif "turn_ids" in row:
+            ids, questions = (_get(row, key, list, where) for key in ("turn_ids", "questions"))
+            answers, originals = (
+                [_get(item, "texts", kind, f"{where}{key}.") for item in _items(row, key, "texts", where)]
+                for key, kind in (("answers", list), ("orig_answers", str))
+            )
+            if len({len(column) for column in (ids, questions, answers, originals)}) > 1:
+                raise InputError(f"{where}turn_ids: not as many as questions, answers and orig_answers; {_REMEDY}")
+            turns = list(zip(ids, questions, answers, originals, strict=True))
+            heads = [row.get(key) or "" for key in ("wikipedia_page_title", "background")]
+            context = _get(row, "context", str, where)
+            yield _dialogue(_get(row, "dialogue_id", str, where), *heads, context, turns, variant, where)
+        else:
+            yield [_squad(row, _get(row, "context", str, where), where)]
+
+
+def _squad(qa: Any, context: str, where: str) -> _Asked:
+    texts = [_get(item, "text", str, f"{where}answers.") for item in _items(qa, "answers", "text", where)]
+    return _Asked(
+        "squad_v2" if not texts or "is_impossible" in qa else "squad",
+        str(_get(qa, "id", str | int, where)),
+        context,
+        _get(qa, "question", str, where),
+        tuple((text,) for text in texts),
+    )
+
+
+def _dialogue(
+    name: str,
+    title: str,
+    background: str,
+    passage: str,
+    turns: Sequence[tuple[str, str, list[str], str]],
+    variant: str,
+    where: str,
+) -> list[_Asked]:
+    """A QuAC dialogue from its turns: id, question, every annotator's answer, and the one the dialogue went on with."""
+    if empty := [id for id, _, references, _ in turns if not references]:
+        raise InputError(f"{where}answers: none for '{empty[0]}'; {_REMEDY}")
+    if variant == "authors_code":
+        passage, turns = passage.removesuffix(CANNOTANSWER).rstrip(), turns[:1]
+    context = (f"Title: {title}\n" if title else "") + (f"{background} " if background else "") + passage
+    said = [(question, original) for _, question, _, original in turns]
+    return [
+        _Asked("quac", id, context, question, tuple((text,) for text in references), name, tuple(said[:number]))
+        for number, (id, question, references, _) in enumerate(turns)
+    ]
+
+
+def _drop(qa: Any, passage: str, where: str) -> _Asked:
+    answers = [_get(qa, "answer", dict, where)]
+    if qa.get("validated_answers"):
+        answers += _items(qa, "validated_answers", "number", where)
+    annotations = tuple(_drop_spans(answer, where) for answer in answers)
+    id, question = (_get(qa, key, str, where) for key in ("query_id", "question"))
+    return _Asked("drop", id, passage, question, annotations)
+
+
+def _drop_spans(answer: Any, where: str) -> tuple[str, ...]:
+    """An annotator's number, else spans, else date as "day month year": the official script's order."""
+    if not isinstance(answer, dict) or not {"number", "spans", "date"} & answer.keys():
+        raise InputError(f"{where}answer: expected number, spans or date; {_REMEDY}")
+    if answer.get("number") not in (None, ""):
+        return (str(answer["number"]),)
+    if spans := answer.get("spans"):
+        return tuple(str(span) for span in spans)
+    date = answer.get("date") or {}
+    return (" ".join(str(date.get(part) or "") for part in ("day", "month", "year")).strip(),)
+
+
+def _get(of: Any, key: str, kind: Any, where: str) -> Any:
+    """The value of a key that must be there and of that kind."""
+    value = of.get(key) if isinstance(of, dict) else None
+    if not isinstance(value, kind):
+        raise InputError(f"{where}{key}: expected {getattr(kind, '__name__', kind)}, got {value!r:.40}; {_REMEDY}")
+    return value
+
+
+def _items(of: Any, key: str, column: str, where: str) -> list:
+    """A list of objects, which the hub may give as one object of lists, all as long as its `column`."""
+    value = _get(of, key, list | dict, where)
+    if isinstance(value, list):
+        return value
+    n = len(_get(value, column, list, f"{where}{key}."))
+    if uneven := [name for name, values in value.items() if len(values) != n]:
+        raise InputError(f"{where}{key}.{uneven[0]}: not as long as {column}; {_REMEDY}")
+    return [{name: values[number] for name, values in value.items()} for number in range(n)]

@@ -1,0 +1,202 @@
+"""Token ids of a rendering, with control tokens only where the template wrote them.
+
+The text is encoded once, as a whole, by a twin of the tokenizer whose control tokens (special tokens, the indicator,
+added tokens that the template spells) have secret names. Only what the template wrote is given these names, so text of
+a user that looks like a control token stays text.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from ctxlib.params import InputError
+from ctxlib.roles.rendering import Rendering, tokenizer_name
+
+# What a name begins and ends with: pairs of Unicode's "noncharacters", never to be interchanged. Were the two the same,
+# a content between two names could complete one.
+_GUARDS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
+_CONTROL = -2  # origin of the characters of a control token
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte of a character that the vocabulary lacks
+_REMEMBERED = 8  # twins of a tokenizer: one for each chat template, more for odd texts
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rendering: Rendering, spelled: str = ""
+) -> tuple[Int[np.ndarray, " pos"], Int[np.ndarray, "pos 2"]]:
+    """Ids, and the characters of the contents that each token holds: first and last + 1, or -1, -1 for none.
+
+    Added tokens that occur in `spelled`, or in what the template wrote here, are control tokens as special tokens are.
+    Raises InputError for a slow tokenizer that normalises text, and for a text full of noncharacters.
+    """
+    text, origin = rendering.text, rendering.origin
+    guard = next((pair for pair in _GUARDS if not (pair[0] in text or pair[1] in text)), None)
+    if guard is None:
+        raise InputError("the text holds noncharacters from all over U+FDD0 to U+FDEF; remove them")
+    borders = np.flatnonzero(np.diff(origin < 0)) + 1
+    runs = [(start, stop) for start, stop in zip([0, *borders], [*borders, len(text)], strict=True) if start < stop]
+    written = "\0".join(text[start:stop] for start, stop in runs if origin[start] < 0)
+    control = _control_tokens(tokenizer, spelled, written)
+    of_this_text = (guard, control, len(tokenizer))
+    encoder = _once(tokenizer, of_this_text, lambda: _encoder(tokenizer, guard, control))
+
+    found = [
+        match for start, stop in runs if origin[start] < 0 for match in encoder.control.finditer(text, start, stop)
+    ]
+    while True:
+        named, origin, heads = _with_names(rendering, found, encoder.names)
+        if encoder.backend is None:
+            tokens, offsets = _encode_by_pieces(tokenizer, named, {name: t for t, name in encoder.names.items()})
+        else:
+            encoding = encoder.backend.encode(named, add_special_tokens=False)
+            tokens, offsets = [encoder.original_ids.get(token, token) for token in encoding.ids], encoding.offsets
+        ids = np.array(tokens, dtype=np.int64)
+        starts, stops = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        expected = np.array([encoder.ids[match.group()] for match in found], dtype=np.int64)
+        recognised = np.append(ids, -1)[np.searchsorted(stops, heads, side="right")] == expected
+        if recognised.all():
+            break
+        found = [match for match, is_token in zip(found, recognised, strict=True) if is_token]  # others stay text
+    places = np.arange(len(origin))
+    following = np.minimum.accumulate(np.where(origin >= 0, places, len(origin) - 1)[::-1])[::-1]
+    preceding = np.maximum.accumulate(np.where(origin >= 0, places, -1))
+    controls = np.concatenate([[0], np.cumsum(origin == _CONTROL)])
+    holds_content = (following[starts] < stops) & (controls[stops] == controls[starts])
+    first = np.where(holds_content, origin[following[starts]], -1)
+    last = np.where(holds_content, origin[preceding[np.maximum(stops - 1, 0)]], -2)
+    return ids, np.stack([first, last + 1], axis=1)
+
+
+def _with_names(
+    rendering: Rendering, found: list[re.Match], names: dict[str, str]
+) -> tuple[str, Int[np.ndarray, " char"], Int[np.ndarray, " name"]]:
+    """The text with names in place of the control tokens found, its origins (and one more), and each name's start."""
+    pieces, origins, heads, done, length = [], [], [], 0, 0
+    for match in found:
+        name = names[match.group()]
+        pieces += [rendering.text[done : match.start()], name]
+        origins += [rendering.origin[done : match.start()], np.full(len(name), _CONTROL)]
+        heads.append(length + match.start() - done)
+        length, done = heads[-1] + len(name), match.end()
+    named = "".join([*pieces, rendering.text[done:]])
+    return named, np.concatenate([*origins, rendering.origin[done:], [-1]]), np.array(heads, dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """A twin of a tokenizer in which the control tokens have names that no content spells."""
+
+    backend: Tokenizer | None  # None for a slow tokenizer
+    control: re.Pattern
+    names: dict[str, str]
+    ids: dict[str, int]
+    original_ids: dict[int, int]  # of the tokens whose id differs in the twin
+
+
+_made: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def _once(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` yields, made once for a key of a tokenizer as long as it is among the latest."""
+    of_tokenizer = _made.setdefault(tokenizer, {})
+    if key not in of_tokenizer:
+        of_tokenizer[key] = make()
+        for oldest in [*of_tokenizer][: -2 * _REMEMBERED]:
+            del of_tokenizer[oldest]
+    return of_tokenizer[key]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, spelled: str, written: str) -> frozenset[str]:
+    """Special tokens, and the other added tokens that the template spells or wrote, unless they are whitespace."""
+    special = tokenizer.all_special_tokens
+
+    def sort_out() -> tuple[frozenset[str], re.Pattern]:
+        control, ordinary = set(special), set()
+        for token in tokenizer.added_tokens_decoder.values():
+            is_control = token.special or (token.content.strip() and token.content in spelled)
+            (control if is_control else ordinary).add(token.content)
+        return frozenset(control), _any_of(token for token in ordinary - control if token.strip())
+
+    control, ordinary = _once(tokenizer, (spelled, *special, len(tokenizer)), sort_out)
+    return control.union(ordinary.findall(written))
+
+
+def _any_of(tokens) -> re.Pattern:
+    """Matches any of them, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, guard: tuple[str, str], control: frozenset[str]) -> _Encoder:
+    own_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in sorted(control)}
+    names = {token: str(n).join(guard) for n, (token, own) in enumerate(own_ids.items()) if own is not None}
+    if not tokenizer.is_fast:
+        return _Encoder(None, _any_of(names), names, own_ids, {})
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, normalizer = state["model"], tokenizer.backend_tokenizer.normalizer
+    if model.get("byte_fallback"):  # its bytes are pieces of characters, even where they are listed as special
+        state["added_tokens"] = [token for token in state["added_tokens"] if not _BYTE.fullmatch(token["content"])]
+        names = {token: name for token, name in names.items() if not _BYTE.fullmatch(token)}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): token for piece, token in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), *score] for piece, *score in model["vocab"]]
+    if "merges" in model:
+        merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
+        model["merges"] = [pair for pair in merges if not names.keys() & {*pair, "".join(pair)}]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    state["post_processor"] = state["truncation"] = state["padding"] = None  # it would trim offsets
+    ids = {}
+    for token in state["added_tokens"]:
+        token["content"] = name = names.get(token["content"], token["content"])
+        ids[name] = token["id"]
+        if token["normalized"] and normalizer and name in names.values() and name not in normalizer.normalize_str(name):
+            token["normalized"] = False  # the name would not survive
+    twin = Tokenizer.from_str(json.dumps(state))
+    in_twin = {twin.token_to_id(content): token for content, token in ids.items()}
+    return _Encoder(twin, _any_of(names), names, own_ids, {t: own for t, own in in_twin.items() if t != own})
+
+
+_AS_SPACE = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)  # as sentencepiece's usual normalisation has it
+
+
+def _encode_by_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, control: dict[str, str]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets with a slow (sentencepiece) tokenizer: each piece lies right behind the one before it."""
+    ids, offsets, start = [], [], 0
+    for part in re.split(f"({'|'.join(control) or '(?!)'})", text):
+        if part in control:
+            ids.append(tokenizer.convert_tokens_to_ids(control[part]))
+            offsets.append((start, start + len(part)))
+        elif part:
+            text_bytes, place = part.encode().translate(_AS_SPACE), 0
+            character = np.repeat(np.arange(len(part)), [len(c.encode()) for c in part]) + start
+            for piece in tokenizer.tokenize(part, split_special_tokens=True):
+                byte = _BYTE.fullmatch(piece)
+                surface = bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+                surface = surface.translate(_AS_SPACE)
+                while not text_bytes.startswith(surface, place):
+                    if surface[:1] == b" " and text_bytes.startswith(surface[1:], place):  # a space put in front
+                        surface = surface[1:]
+                    elif text_bytes[place : place + 1] == b" ":  # a space left out
+                        place += 1
+                    else:
+                        raise InputError(
+                            f"{tokenizer_name(tokenizer)}: a slow tokenizer that normalises text, its tokens cannot be "
+                            "placed; save it as tokenizer.json (PreTrainedTokenizerFast)"
+                        )
+                stop = place + len(surface)
+                ids.append(tokenizer.convert_tokens_to_ids(piece))
+                offsets.append((int(character[place]), int(character[stop - 1]) + 1) if surface else (start, start))
+                place = stop
+        start += len(part)
+    return ids, offsets
