@@ -395,8 +395,8 @@ def _attention(
     )
     frame = allocation.attention_allocation(
         model,
-        [roles.question_apart(rendered, question.messages) for rendered, question in zip(maps, questions, strict=True)],
-        names=roles.PARTS,
+        maps,
+        groups=[roles.question_groups(one, question.messages) for one, question in zip(maps, questions, strict=True)],
         batch_size=its.models.batch_size,
         pad_token_id=tokenizer.pad_token_id,
     )

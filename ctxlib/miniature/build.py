@@ -16,7 +16,7 @@ from ctxlib.metrics import score_answers, wilson_interval
 from ctxlib.miniature import texts
 from ctxlib.miniature.pretrain import Recipe, pretrain
 from ctxlib.miniature.town import Town
-from ctxlib.models import load_model, load_tokenizer
+from ctxlib.models import Subject, load_model, load_tokenizer
 from ctxlib.params import Finetune
 from ctxlib.results import to_json
 from ctxlib.roles import PLAIN_SEPARATOR
@@ -90,8 +90,8 @@ def examine_instruct(folder: Path) -> pd.DataFrame:
 
 def _answers(folder: Path, questions: list[Question], template: bool) -> pd.DataFrame:
     answers = answer_questions(
-        load_model(folder), load_tokenizer(folder), questions, template=template, indicator=None, use_prefix=False,
-        max_new_tokens=ANSWER_TOKENS, batch_size=64, model_key=folder.name,
+        Subject(folder.name, load_model(folder), load_tokenizer(folder), folder.name), questions,
+        template=template, indicator=None, use_prefix=False, max_new_tokens=ANSWER_TOKENS, batch_size=64,
         stop_text=None if template else PLAIN_SEPARATOR,
     )  # fmt: skip
     return score_answers(answers, questions)
