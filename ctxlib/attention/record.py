@@ -35,13 +35,13 @@ def record_allocation(
 
     $$A_{r,h,q} = \sum_{k : \text{role}(k) = r} p_{h,q,k}, \qquad \sum_r A_{r,h,q} = 1$$
 
-    `roles` holds one `Role` per token, -1 on padding (left or right); for another grouping (`Groups.ids`) `names` are the
-    names of its groups. `rows` are the queries: the last token of each
-    example, all of them, or a table of positions, -1 for none. Rows of padding are zero, all others sum to one. With
-    `turns` (`RoleBatch.turns`) the recording also splits every role by turn. `stop_after` ends the forward pass at
-    that layer's attention pattern: the call then returns an output without logits. A new forward pass over the prompt
-    replaces what was recorded. In `generate` the decoding steps follow as more rows (not for a table of positions),
-    their tokens counted as the group "assistant", or as none if no group has that name.
+    `roles` holds one `Role` per token, -1 on padding (left or right); for another grouping (`Groups.ids`), `names` are
+    its groups. `rows` are the queries: the last token of each example, all of them, or a table of positions, -1 for
+    none. Rows of padding are zero, all others sum to one. With `turns` (`RoleBatch.turns`) the recording also splits
+    every role by turn. `stop_after` ends the forward pass at that layer's attention pattern: the call then returns an
+    output without logits. A new forward pass over the prompt replaces the recording. In `generate` the decoding steps
+    follow as more rows (not for a table of positions), their tokens counted as the group "assistant", or as none if no
+    group has that name.
 
     Two ways, one result. A few rows are computed beside the model's own attention, whose output stays as it is. Where
     more than half of the rows are wanted, the roles ride along as further columns of the values, in one float32 call:
