@@ -81,10 +81,8 @@ def attention_shift(with_template: pd.DataFrame, without_template: pd.DataFrame)
     renormalised, the shift is in [-1, 1] and sums to zero over the roles. Reference: Wang et al. 2024, figure 3.
     Raises InputError if an example, layer or head is in one frame only.
     """
-    sides = [
-        renormalise(side).set_index([*HEAD_AXES, "role"]).attention_allocation
-        for side in (with_template, without_template)
-    ]
+    keys = [*HEAD_AXES, "role"]
+    sides = [renormalise(side).set_index(keys).attention_allocation for side in (with_template, without_template)]
     paired = pd.concat(sides, axis=1, keys=["with_template", "without_template"])
     if not len(paired) == len(sides[0]) == len(sides[1]):
         raise InputError("the runs with and without template differ in examples, layers or heads; measure both alike")

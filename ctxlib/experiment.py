@@ -236,9 +236,9 @@ def prompts(
     """The questions as the model reads them, up to the token where attention is measured; every token has its role.
 
     The first response token is defined in two ways. `last_input`: the prompt's last token, from which the model begins
-    its answer (paper, section 2.2). `forced_prefix`: the last word of the question's response prefix, the beginning of the
-    answer that is given to the model, so that the next word is the one in the text (authors' code). They are the same
-    if a question has no response prefix.
+    its answer (paper, section 2.2). `forced_prefix`: the last word of the question's response prefix, the beginning of
+    the answer that is given to the model, so that the next word is the one in the text (authors' code). They are the
+    same if a question has no response prefix.
     """
     use_prefix = first_response_token == "forced_prefix"
     return [question_prompt(loaded_tokenizer, question, template, indicator, use_prefix) for question in questions]
