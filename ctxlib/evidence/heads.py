@@ -102,18 +102,20 @@ def reader(params: Params, trial: Trial, asking: Asking, questions: Sequence[Que
     The answer is the response prefix and the shortest gold answer, the value. Raises InputError for a question without
     a prefix, and for a tokenizer that joins prefix and value in one token.
     """
-    model, tokenizer = trials.tuned(params, trial)
+    subject = trials.tuned(trials.Plan(params, trial))
     indicator = params.models.indicator if asking.indicator else None
     forced = []
     for question in questions:
         if not question.response_prefix:
             raise InputError(f"question {question.id!r} has no response_prefix: its answer cannot be appended")
         said = replace(question, response_prefix=f"{question.response_prefix} {min(question.answers, key=len)}")
-        given, whole = (question_prompt(tokenizer, one, asking.template, indicator, True) for one in (question, said))
+        given, whole = (
+            question_prompt(subject.tokenizer, one, asking.template, indicator, True) for one in (question, said)
+        )
         if whole.ids[: len(given)].tolist() != given.ids.tolist():
             raise InputError(f"question {question.id!r}: the tokenizer joins response_prefix and value; use another")
         forced.append(Forced(question, whole.truncate(len(whole) - 1), whole.ids[len(given) :]))
-    return Reader(model.eval(), forced, tokenizer.pad_token_id, params.models.batch_size)
+    return Reader(subject.model.eval(), forced, subject.tokenizer.pad_token_id, params.models.batch_size)
 
 
 def halves(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
