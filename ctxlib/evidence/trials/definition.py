@@ -24,8 +24,8 @@ class Trial:
     seed_model: the trial whose model scores the turns; none: the model `models.seed_model`.
     base: the trial whose model is trained further; none: the model `models.pretrained`.
     trained: False for the base model itself.
-    closing: replaces the full stop, question or exclamation mark at the end of the user's texts in training, such as "."
-        or an empty text; none: texts stay as they are. Turns are scored and marked before, on the original texts.
+    closing: replaces the full stop, question or exclamation mark at the end of the user's texts in training, such as
+        "." or an empty text; none: texts stay as they are. Turns are scored and marked before, on the original texts.
     freeze_indicator: whether the indicator's row stays at the mean of the embeddings, as in `finetune`.
     data_seed_offset: is added to the seed when conversations are drawn: other conversations, the same questions, as for
         a second stage after `base`.
