@@ -147,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     torn = work_dir / "checkpoint-12"
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")  # the kill came while this one was written
-    told = pytest.warns(UserWarning, match=r"checkpoint-12/trainer_state\.json, line 1: .* goes on from checkpoint-10")
+    told = pytest.warns(UserWarning, match=r"checkpoint-12/trainer_state\.json, line 1: .* resumes from checkpoint-10")
     with monkeypatch.context() as patch, pytest.raises(Killed), told:
         kill_at(patch, 11)  # the first step of the rest: it does go on from step 10
         finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "killed", **arguments)
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
         shutil.copytree(tmp_path / "kept", work_dir)
         damage(work_dir / "checkpoint-4")
         steps = steps_of(monkeypatch)
-        warned = pytest.warns(UserWarning, match=r"checkpoint-4.*: training goes on from checkpoint-2")
+        warned = pytest.warns(UserWarning, match=r"checkpoint-4.*: training resumes from checkpoint-2")
         with nullcontext() if name == "unfinished" else warned:
             log = finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
         assert steps == [3, 4, 5, 6, 7, 8]
@@ -221,7 +221,7 @@ def test_without_a_whole_checkpoint_training_begins_anew_and_says_so(
         finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
     (work_dir,) = tmp_path.glob("out.training-*")
     cut_in_half(work_dir / "checkpoint-2" / "optimizer.pt")
-    with pytest.warns(UserWarning, match=r"optimizer\.pt: missing or cut short: training begins anew"):
+    with pytest.warns(UserWarning, match=r"optimizer\.pt: missing or cut short: training starts over"):
         finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 

@@ -451,7 +451,7 @@ def test_what_the_server_refuses_is_counted_with_its_reason_and_asked_for_again(
         ((401, {"error": {"message": "bad key"}}), "bad key.*: check the key in OPENAI_API_KEY"),
         ((404, {"error": {"message": "no such model"}}), "no such model.*: check the judge's name 'grader'"),
         ((200, "<html>welcome</html>"), "the reply is no chat completion: check the server and its base URL"),
-        ((500, {"error": {"message": "broken"}}), "broken.*: .*goes on from the judgements that are there"),
+        ((500, {"error": {"message": "broken"}}), "broken.*: .*resume from the stored judgements"),
     ],
 )
 def test_a_server_that_fails_for_good_stops_the_run_with_a_remedy(
