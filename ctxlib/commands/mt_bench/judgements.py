@@ -29,8 +29,8 @@ NO_RATING, REFUSED = "no rating", "refused"
 def judge_prompt(bench: Bench, task: Task, answers: Sequence[str]) -> list[dict[str, str]]:
     """The prompt about the last of `answers` (one or two turns), as messages of the chat protocol.
 
-    All names in braces are filled in at once, so that an answer that contains such a name stays unchanged. Raises InputError for
-    a name that single-answer grading does not have.
+    All names in braces are filled in at once, so that an answer that contains such a name stays unchanged. Raises
+    InputError for a name that single-answer grading does not have.
     """
     name = PROMPT_NAMES[len(answers), task.reference is not None]
     values = {"question": task.turns[0], "answer": answers[-1]}
