@@ -329,7 +329,7 @@ def test_metrics_go_by_name_and_runs_are_means_over_their_questions():
 @pytest.mark.parametrize("dose", [0.0, 0.3, 1.0])
 def test_a_dose_is_the_share_of_what_ignores_the_text_and_keeps_all_proportions(dose):
     shares = {"memory_question": 0.3, "agreeing_passage": 0.1, "dependent_passage": 0.4, "instruction_task": 0.2}
-    kinds = {"ignoring": ["memory_question", "agreeing_passage"], "variant": ["dependent_passage"]}
+    kinds = {"ignoring": ["memory_question", "agreeing_passage"], "reading": ["dependent_passage"]}
     mixed = trials.dosed(shares, dose, **kinds)
     assert sum(mixed.values()) == pytest.approx(1) and 0 not in mixed.values()
     ignored = {kind: share for kind, share in mixed.items() if kind in kinds["ignoring"]}
