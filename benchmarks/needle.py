@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctxlib.generate import answer_questions, question_prompt
+from ctxlib.models import Subject
 from ctxlib.questions.needle import PAPER_NEEDLE, text_needles
 
 VOCABULARY = 32000
-SETTINGS = {"template": False, "indicator": None, "use_prefix": False, "model_key": "random", "progress": False}
+SETTINGS = {"template": False, "indicator": None, "use_prefix": False, "progress": False}
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def compare(model, tokenizer, questions, prompts, new_tokens: int, options) -> d
 
     def engine(reuse: bool):
         asked = {"max_new_tokens": new_tokens, "batch_size": options.depths, "reuse_prefixes": reuse}
-        frame = answer_questions(model, tokenizer, questions, **SETTINGS, **asked)
+        frame = answer_questions(Subject("random", model, tokenizer, ""), questions, **SETTINGS, **asked)
         answers["reused" if reuse else "batched"] = frame["answer"].tolist()
 
     ways = {"one_by_one": one_by_one, "batched": lambda: engine(False), "reused": lambda: engine(True)}

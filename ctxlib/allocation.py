@@ -1,4 +1,4 @@
-"""How much of the last token's attention each role gets, and how that shifts when a chat template is put on."""
+"""The last token's attention by role, and its shift when the chat template is applied."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ctxlib.attention import record_allocation, steer_attention
 from ctxlib.models import memory_advice
 from ctxlib.params import InputError, Variant
-from ctxlib.roles import ROLES, Role, RoleMap, pad_batch
+from ctxlib.roles import ROLES, Groups, Role, RoleMap, pad_batch, pad_groups
 
-CELL = ["example", "layer", "head", "role"]
+HEAD_AXES = ["example", "layer", "head"]
 
 
 def attention_allocation(
@@ -25,17 +25,24 @@ def attention_allocation(
     layers: Sequence[int] | None = None,
     steering_alpha: float | None = None,
     variant: Variant = "standard",
-    names: Sequence[str] = ROLES,
+    groups: Sequence[Groups] | None = None,
 ) -> pd.DataFrame:
     """Attention of the last token, which yields the first token of the answer, summed by role.
 
     A tidy frame `example, layer, head, role, attention_allocation`: examples numbered as in `maps`, fractions in
-    [0, 1] that sum to one over the five roles, which go by `names` (`PARTS` for maps with the question apart). With a
-    `steering_alpha` the attention is steered to the user's tokens. Only the layers asked for and those below them are
-    run. Raises InputError for no examples, and where memory runs out. Reference: Wang et al. 2024, section 2.2.
+    [0, 1] that sum to one over the roles. With `groups`, one grouping per map, attention is summed by group instead,
+    and the column `role` has the groups' names. With a `steering_alpha` it is steered to the user's tokens. Only the
+    layers asked for and those below them are run.
+
+    Raises InputError for no examples, groupings that do not match the maps, and if memory runs out.
+    Reference: Wang et al. 2024, section 2.2.
     """
     if not maps:
         raise InputError("there is nothing to measure: give at least one example")
+    groups = [Groups(ROLES, one.roles) for one in maps] if groups is None else groups
+    names = groups[0].names
+    if [len(one.ids) for one in groups] != [len(one) for one in maps] or any(one.names != names for one in groups):
+        raise InputError("attention_allocation: give one grouping per example, all with the same names")
     device = next(model.parameters()).device
     by_length = sorted(range(len(maps)), key=lambda i: len(maps[i]))
     frames = []
@@ -47,22 +54,23 @@ def attention_allocation(
         if steering_alpha is not None:
             steering = steer_attention(model, roles == Role.USER, steering_alpha, variant)
         chosen = range(model.config.num_hidden_layers) if layers is None else layers
-        recorder = record_allocation(model, roles, layers=chosen, stop_after=max(chosen))
+        grouped = pad_groups([groups[i] for i in examples]).to(device)
+        recorder = record_allocation(model, grouped, layers=chosen, stop_after=max(chosen), names=names)
         # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.
         less_memory = memory_advice("models.batch_size down")
         with less_memory, torch.inference_mode(), steering, recorder as recording:
             model(input_ids=batch.input_ids.to(device), use_cache=False)
         frames.append(_tidy(recording.allocation[:, :, :, -1].cpu(), recording.layers, examples, names))
-    return pd.concat(frames).sort_values(CELL[:3], kind="stable", ignore_index=True)
+    return pd.concat(frames).sort_values(HEAD_AXES, kind="stable", ignore_index=True)
 
 
 def renormalise(frame: pd.DataFrame) -> pd.DataFrame:
     """The same frame without the template's tokens, the other roles scaled to sum to one.
 
-    Reference: Wang et al. 2024, section 2.2, which has no system text: where there is one it keeps its share.
+    Reference: Wang et al. 2024, section 2.2, which has no system text: if there is one it keeps its share.
     """
     kept = frame[frame.role != "template"].reset_index(drop=True)
-    total = kept.groupby(CELL[:3]).attention_allocation.transform("sum")
+    total = kept.groupby(HEAD_AXES).attention_allocation.transform("sum")
     return kept.assign(attention_allocation=kept.attention_allocation / total)
 
 
@@ -71,9 +79,10 @@ def attention_shift(with_template: pd.DataFrame, without_template: pd.DataFrame)
 
     A tidy frame `example, layer, head, role, with_template, without_template, attention_shift`; shares are
     renormalised, the shift is in [-1, 1] and sums to zero over the roles. Reference: Wang et al. 2024, figure 3.
-    Raises InputError where an example, layer or head is in one frame only.
+    Raises InputError if an example, layer or head is in one frame only.
     """
-    sides = [renormalise(side).set_index(CELL).attention_allocation for side in (with_template, without_template)]
+    keys = [*HEAD_AXES, "role"]
+    sides = [renormalise(side).set_index(keys).attention_allocation for side in (with_template, without_template)]
     paired = pd.concat(sides, axis=1, keys=["with_template", "without_template"])
     if not len(paired) == len(sides[0]) == len(sides[1]):
         raise InputError("the runs with and without template differ in examples, layers or heads; measure both alike")
@@ -88,12 +97,12 @@ def retrieval_head(without_template: pd.DataFrame) -> pd.DataFrame:
     """
     user = without_template[without_template.role == "user"]
     best = user.groupby(["example", "layer"]).attention_allocation.idxmax()
-    return user.loc[best, CELL[:3]].reset_index(drop=True)
+    return user.loc[best, HEAD_AXES].reset_index(drop=True)
 
 
 def at_heads(frame: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
     """The rows of a frame that belong to the given heads, as `retrieval_head` returns them."""
-    return frame.merge(heads, on=CELL[:3], validate="many_to_one")
+    return frame.merge(heads, on=HEAD_AXES, validate="many_to_one")
 
 
 def mean_over_heads(frame: pd.DataFrame) -> pd.DataFrame:
@@ -123,4 +132,4 @@ def _tidy(
     axes = {"layer": layers, "example": examples, "head": range(allocation.shape[2]), "role": names}
     cells = pd.MultiIndex.from_product(axes.values(), names=axes)
     frame = pd.Series(allocation.double().flatten().numpy(), index=cells, name="attention_allocation").reset_index()
-    return frame[[*CELL, "attention_allocation"]]
+    return frame[[*HEAD_AXES, "role", "attention_allocation"]]

@@ -1,6 +1,6 @@
-"""What one experiment reads: its models, conversations and questions, from the miniature or from the user's files.
+"""The inputs of one experiment: models, conversations and questions, from the miniature or from the user's files.
 
-Everything downstream takes what these functions return and cannot tell the two apart.
+The code downstream is the same for both.
 """
 
 from collections import Counter
@@ -16,18 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib import models
 from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations
-from ctxlib.generate import COLUMNS, answer_questions, question_prompt
+from ctxlib.generate import RESPONSE_COLUMNS, answer_questions, question_prompt
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import Town
-from ctxlib.params import FirstResponseToken, InputError, Params, is_hub_id, load_params
+from ctxlib.models import Subject
+from ctxlib.params import MODEL_ROLES, FirstResponseToken, InputError, Params, is_hub_id, load_params
 from ctxlib.questions import needle, qa
 from ctxlib.questions.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
 
 EMBEDDED = "miniature"
-_SCORED = [*COLUMNS, *ANSWER_METRICS, *RULE_METRICS]
+_SCORED = [*RESPONSE_COLUMNS, *ANSWER_METRICS, *RULE_METRICS]
 
 
 def open_experiment(params_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Params:
@@ -45,7 +46,7 @@ def town(params: Params) -> Town | None:
 
 
 def model_path(params: Params, which: str) -> str:
-    """Folder or hub id of `pretrained`, `instruct` or `seed_model`; InputError where 03 has still to train it."""
+    """Folder or hub id of `pretrained`, `instruct` or `seed_model`; InputError if 03 has not trained it yet."""
     source = model_source(getattr(params.models, which))
     if params.trains(which) and not params.path(source).exists():
         raise InputError(
@@ -55,7 +56,7 @@ def model_path(params: Params, which: str) -> str:
 
 
 def tokenizer(params: Params, which: str = "pretrained") -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the experiment's chat template; InputError where there is none."""
+    """The model's tokenizer with the experiment's chat template; InputError if there is none."""
     template = params.path(params.models.chat_template) if params.models.chat_template else None
     revision = params.models.revision_of(which)
     loaded = models.load_tokenizer(model_path(params, which), chat_template=template, revision=revision)
@@ -63,13 +64,25 @@ def tokenizer(params: Params, which: str = "pretrained") -> PreTrainedTokenizerB
     return loaded
 
 
-def model_key(params: Params, which: str) -> str:
-    """The name of that model's answers in the cache: a hash of its files, so that a retrained model answers anew."""
-    return models.model_hash(model_path(params, which), revision=params.models.revision_of(which))
+def subject(params: Params, which: str) -> Subject:
+    """A model to ask, with its tokenizer and the key of its answers: a hash of its files.
+
+    which: `pretrained`, `instruct` or `seed_model`, or the name of a model that 03 trained, as `vanilla`, from
+        `work/models/<name>`. An adapter is loaded over the weights it was trained on (4-bit ones under QLoRA).
+    Raises InputError if there is no such model.
+    """
+    if which in MODEL_ROLES:
+        key = models.model_hash(model_path(params, which), revision=params.models.revision_of(which))
+        return Subject(which, model(params, which), tokenizer(params, which), key)
+    folder = params.output_dir / "work" / "models" / which
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model; first run 03_indicator_sft, or 'make reproduce'")
+    loaded = _load(params, folder, params.models.revision)
+    return Subject(which, loaded, models.load_tokenizer(folder), models.model_hash(folder))
 
 
 def model(params: Params, which: str) -> PreTrainedModel | PeftModel:
-    """`pretrained`, `instruct` or `seed_model`; an adapter of `finetune` lies over the weights it was trained on."""
+    """`pretrained`, `instruct` or `seed_model`; an adapter is loaded over the weights it was trained on."""
     return _load(params, model_path(params, which), params.models.revision_of(which))
 
 
@@ -81,14 +94,6 @@ def _load(params: Params, path: str | Path, revision: str | None) -> PreTrainedM
         attention=params.models.attention,
         revision=revision,
     )
-
-
-def finetuned(params: Params, name: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of `work/models/<name>`, over the weights it was trained on (4-bit ones under QLoRA)."""
-    folder = params.output_dir / "work" / "models" / name
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such model; first run 03_indicator_sft, or 'make reproduce'")
-    return _load(params, folder, params.models.revision), models.load_tokenizer(folder)
 
 
 def conversations(params: Params) -> Corpus:
@@ -127,7 +132,7 @@ def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Q
 
 
 def passage_questions(params: Params) -> list[Question]:
-    """At most `qa.n` questions of each of `qa.sources`; InputError where two sources give one id."""
+    """At most `qa.n` questions of each of `qa.sources`; InputError if two sources have a question with the same id."""
     section, questions = params.qa, []
     for source in section.sources:
         if source == EMBEDDED:
@@ -149,13 +154,13 @@ def passage_questions(params: Params) -> list[Question]:
 
 
 def fact_questions(params: Params) -> list[Question]:
-    """Closed questions about what the model knows by heart; none where that is not known."""
+    """Closed questions about facts that the model knows by heart; none if those are not known."""
     home = town(params)
     return texts.known_fact_questions(home, params.facts.n, params.seed) if home else []
 
 
 def domain_questions(params: Params) -> list[Question]:
-    """Questions of the town's domains that no chat holds, `qa.n` of each, with the context that answers them."""
+    """Questions from domains that no chat covers, `qa.n` of each, with the context that answers them."""
     home = town(params)
     return [q for name in DOMAINS for q in texts.domain_questions(home, name, params.qa.n, params.seed)] if home else []
 
@@ -168,12 +173,10 @@ def instruction_questions(params: Params) -> list[Question]:
 
 def ask(
     params: Params,
-    loaded_model: torch.nn.Module,
-    loaded_tokenizer: PreTrainedTokenizerBase,
+    asked: Subject,
     questions: Sequence[Question],
     *,
     condition: str,
-    model_key: str,
     template: bool,
     indicator: str | None = None,
     steering_alpha: float | None = None,
@@ -183,9 +186,9 @@ def ask(
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
-    `recalled` is 1 where all of a question's keywords are said; `followed` where an instruction's one right answer is
-    given or all its rules are followed to the letter. If `cached`, answers are kept under the experiment's `work`
-    folder. Of a haystack of texts, what the cells have in common is read once.
+    `recalled` is 1 if the answer has all of the question's keywords; `followed` is 1 if it is an instruction's one
+    right answer or follows all its rules to the letter. If `cached`, answers are stored in the experiment's `work`
+    folder. Common beginnings of the haystacks made from texts are read once.
     """
     limits: dict[str, Any] = {
         "needle": params.needle,
@@ -197,11 +200,10 @@ def ask(
     variants = {"needle": params.needle.variant, "qa": params.qa.variant}
     parts = []
     for family in dict.fromkeys(question.family for question in questions):
-        asked = [question for question in questions if question.family == family]
+        of_family = [question for question in questions if question.family == family]
         answers = answer_questions(
-            loaded_model,
-            loaded_tokenizer,
             asked,
+            of_family,
             template=template,
             indicator=indicator,
             use_prefix=use_prefix,
@@ -211,11 +213,12 @@ def ask(
             stop_text=None if template else PLAIN_SEPARATOR,
             batch_size=params.models.batch_size,
             reuse_prefixes=family == "needle" and params.needle.source != EMBEDDED,
-            model_key=model_key,
             cache_dir=params.output_dir / "work" / "answers" if cached else None,
             progress=progress,
         )
-        parts.append(score_rules(score_answers(answers, asked, variant=variants.get(family, "standard")), asked))
+        parts.append(
+            score_rules(score_answers(answers, of_family, variant=variants.get(family, "standard")), of_family)
+        )
     scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_SCORED)
     recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
     followed = scored.prompt_strict.fillna(scored.exact_match).where(scored.family == "instructions")
@@ -232,10 +235,10 @@ def prompts(
 ) -> list[RoleMap]:
     """The questions as the model reads them, up to the token where attention is measured; every token has its role.
 
-    The first response token has two readings. `last_input`: the prompt's last token, from which the model begins its
-    answer (paper, section 2.2). `forced_prefix`: the last word of the question's response prefix, the answer's first
-    words, which are given to the model, so that the word that the text holds comes next (authors' code). They are the
-    same where a question has no response prefix.
+    The first response token is defined in two ways. `last_input`: the prompt's last token, from which the model begins
+    its answer (paper, section 2.2). `forced_prefix`: the last word of the question's response prefix, the beginning of
+    the answer that is given to the model, so that the next word is the one in the text (authors' code). They are the
+    same if a question has no response prefix.
     """
     use_prefix = first_response_token == "forced_prefix"
     return [question_prompt(loaded_tokenizer, question, template, indicator, use_prefix) for question in questions]
@@ -248,7 +251,7 @@ def spread(questions: Sequence[Any], n: int) -> list[Any]:
 
 
 def fact_sample(params: Params, n: int) -> pd.DataFrame:
-    """What is known by heart about the first `n` residents, one row each; empty where that is not known."""
+    """Facts that the model knows by heart about the first `n` residents, one row each; empty if none are known."""
     home = town(params)
     people = list(home.facts.items())[:n] if home else []
     return pd.DataFrame([{"resident": name} | {r: f.predicate for r, f in facts.items()} for name, facts in people])

@@ -1,4 +1,4 @@
-"""Batched greedy answers, with a response cache that knows model, adapter, template, steering and decoding."""
+"""Batched greedy answers, with a response cache keyed by model, adapter, template, steering and decoding."""
 
 import hashlib
 import json
@@ -22,16 +22,17 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ctxlib.attention import steer_attention
 from ctxlib.conversations import Question
 from ctxlib.files import JsonLines
-from ctxlib.models import memory_advice
+from ctxlib.models import Subject, memory_advice
 from ctxlib.params import InputError
 from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleMap, pad_batch, role_map
 
-COLUMNS = ("id", "family", "kind", "context_length_tokens", "depth_percent", "prompt", "answer", "answer_tokens")
+RESPONSE_COLUMNS = (
+    "id", "family", "kind", "context_length_tokens", "depth_percent", "prompt", "answer", "answer_tokens"
+)  # fmt: skip
 
 
 def answer_questions(
-    model: torch.nn.Module,
-    tokenizer: Any,
+    subject: Subject,
     questions: Sequence[Question],
     *,
     template: bool,
@@ -39,7 +40,6 @@ def answer_questions(
     max_new_tokens: int,
     batch_size: int,
     use_prefix: bool,
-    model_key: str,
     steering_alpha: int | float | None = None,
     steering_options: Mapping[str, Any] | None = None,
     stop_text: str | None = None,
@@ -47,38 +47,36 @@ def answer_questions(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Greedy answer to every question: one row a question, in the order of `questions`, with the columns COLUMNS.
+    """Greedy answer to every question: one row per question, in the given order, with the columns RESPONSE_COLUMNS.
 
-    `prompt` is the decoded text of what the model read (response prefix included), `answer` what it then wrote,
-    without the prefix, and `answer_tokens` the number of tokens written, the end token not counted. An answer ends at
-    an end token of the tokenizer or of the model's generation config, after `max_new_tokens`, or before the first
-    `stop_text` ("\n" or PLAIN_SEPARATOR suit raw text, where nothing else may end an answer). The model is left in
-    eval mode.
+    `prompt` is the decoded text that the model read (response prefix included), `answer` the generated text without the
+    prefix, and `answer_tokens` the number of generated tokens, without the end token. An answer ends at an end token of
+    the tokenizer or of the model's generation config, after `max_new_tokens`, or before the first `stop_text` ("\n" or
+    PLAIN_SEPARATOR suit raw text, where nothing else may end an answer). The model is left in eval mode.
 
     With an `indicator` the last user message carries it. With a `steering_alpha` in (0, 1] all but the user's tokens
-    are weighted down (paper, section 2.3); `steering_options` go to `steer_attention`. With a `cache_dir` every answer
-    is kept in a JSONL file of its own model, adapter, template, indicator, prefix, steering and decoding, and a run
-    that was cut off goes on where it stood. Several processes may use the folder at once; a damaged line of such a file
-    is left out with a warning, and its question asked again.
+    are weighted down (paper, section 2.3); `steering_options` are passed to `steer_attention`. With a `cache_dir` every
+    answer is stored in a JSONL file specific to model, adapter, template, indicator, prefix, steering and decoding, and
+    an interrupted run resumes. Several processes may use the folder at once; a damaged line of such a file is skipped
+    with a warning, and its question asked again.
 
-    With `reuse_prefixes` the prompts are taken in the order of their tokens, and each is read only from where it parts
-    from the one before it: of what prompts begin with in common (a haystack up to its needle, a passage with several
-    questions) the keys and values are computed once. Same answers, to rounding. Every prompt is read from its
-    beginning, as without it, under steering, inside `record_allocation` or `steer_attention`, and by models whose
-    state is not one key and value a token (linear attention) or whose positions turn with the prompt's length
-    (dynamic and long rope).
+    With `reuse_prefixes` the prompts are sorted by their tokens, and each is read only from its first token that
+    differs from the prompt before it: keys and values of common beginnings (a haystack up to its needle, a passage with
+    several questions) are computed once. The answers are the same up to rounding. It has no effect under steering,
+    inside `record_allocation` or `steer_attention`, and for models whose state is not one key and value per token
+    (linear attention) or whose positions depend on the prompt's length (dynamic and long rope).
 
-    Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and where memory or the disk of
+    Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and if memory or the disk of
     the cache is full.
     """
-    model.eval()
+    model, tokenizer = subject.model.eval(), subject.tokenizer
     maps = [question_prompt(tokenizer, question, template, indicator, use_prefix) for question in questions]
     _check(model, questions, maps, max_new_tokens)
     steering = None if steering_alpha is None else {"steering_alpha": float(steering_alpha), **(steering_options or {})}
     commit = getattr(_base(model).config, "_commit_hash", None)  # a hub's model may change under its name
     key = {
         "model": [
-            *(model_key, str(model.dtype), bool(getattr(model, "is_quantized", False)), _adapter_hash(model)),
+            *(subject.key, str(model.dtype), bool(getattr(model, "is_quantized", False)), _adapter_hash(model)),
             *([commit] if commit else []),
         ],
         "template": [template, tokenizer.chat_template if template else PLAIN_SEPARATOR],
@@ -107,7 +105,7 @@ def answer_questions(
         (q.id, q.family, q.kind, q.context_length_tokens, q.depth_percent, prompt, *answered[q.id])
         for q, prompt in zip(questions, prompts, strict=True)
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(RESPONSE_COLUMNS))
 
 
 def question_prompt(
@@ -128,7 +126,7 @@ def question_prompt(
 def _check(model: torch.nn.Module, questions: Sequence[Question], maps: Sequence[RoleMap], max_new_tokens: int) -> None:
     ids = [question.id for question in questions]
     if repeated := [key for key, times in Counter(ids).items() if times > 1]:
-        raise InputError(f"question {repeated[0]!r} is there more than once; give every question an id of its own")
+        raise InputError(f"question {repeated[0]!r} occurs more than once; give every question its own id")
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(maps)), key=lambda index: len(maps[index]), default=None)
     if window and longest is not None and len(maps[longest]) + max_new_tokens > window:
@@ -169,7 +167,7 @@ def _base(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _keys_can_be_reused(model: torch.nn.Module) -> bool:
-    """Whether a token's keys and values depend only on the tokens before it, and nobody looks on as they are made."""
+    """Whether a token's keys and values depend only on the tokens before it, and no recording or steering is active."""
     config = _base(model).config
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, Mapping)}
@@ -182,7 +180,16 @@ def _keys_can_be_reused(model: torch.nn.Module) -> bool:
 
 
 class _Prefixes:
-    """Keys and values of the prompt that was read last: the next one is read from where it parts from that one."""
+    """Keys and values of the prompt that was read last: the next one is read from the first token that differs.
+
+    read before    <s> a b c d        cached: <s> a b c d
+    to read        <s> a b x y z      kept: <s> a b; read anew: x y      (z is left to `generate`)
+    in the batch   . . <s> a b x y    padded on the left to the longest prompt, then room for z and the answer
+    """
+
+    # The last token of a prompt stays unread, because `generate` needs one token to compute the first logits from. The
+    # cache of one row is copied into the batch, so that prompts of different length decode together; a copy per prompt
+    # costs far less than reading a long common beginning again.
 
     def __init__(self, model: torch.nn.Module):
         self.decoder = _base(model).get_decoder()
@@ -217,7 +224,7 @@ class _Prefixes:
 
 
 class _Roomy(DynamicLayer):
-    """Keys and values that have room for those to come, so that no decoding step has to copy them all."""
+    """Keys and values with spare room, so that no decoding step has to copy all of them."""
 
     def __init__(self, like: DynamicLayer, batch: int, width: int, more: int):
         super().__init__()
@@ -250,7 +257,7 @@ def _answer(tokenizer: Any, written: list[int], end_ids: set[int], stop_text: st
 
 @contextmanager
 def _only(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what its config leaves open from the model's own, which may sample or penalise: replace it."""
+    """Replaces the model's own generation config, whose values (sampling, penalties) `generate` would fall back on."""
     theirs, model.generation_config = model.generation_config, config
     try:
         yield
@@ -271,7 +278,7 @@ class _StopAtText(StoppingCriteria):
 
 
 def _adapter_hash(model: torch.nn.Module) -> str | None:
-    """sha256 over the active adapter's weights: answers are the adapter's whatever `model_key` says."""
+    """sha256 over the active adapter's weights, so that two adapters never share answers, whatever the key."""
     if not isinstance(model, PeftModel):
         return None
     digest = hashlib.sha256()
@@ -282,7 +289,7 @@ def _adapter_hash(model: torch.nn.Module) -> str | None:
 
 
 class _Cache:
-    """Answers in one JSONL file per `key`, a line a sample, each written as it comes; without a folder, nothing."""
+    """Answers in one JSONL file per `key`, one line per answer, written as it comes; without a folder, no cache."""
 
     def __init__(self, folder: str | Path | None, key: Mapping[str, Any]):
         self.path: Path | None = None

@@ -24,9 +24,9 @@ def mark(
 ) -> Corpus:
     """A corpus whose answers carry their scores, and whose user messages are indicated where the score > threshold.
 
-    scores: as `score_corpus` gives them; only the rows of `layer` are used. Turns without a score are left unmarked and
+    scores: the frame of `score_corpus`; only the rows of `layer` are used. Turns without a score are left unmarked and
         counted in the result's `dropped`. Marks that were there before are replaced.
-    variant: `authors_code` also ends every scored turn's user text, marked or not, with a full stop where its last
+    variant: `authors_code` also ends every scored turn's user text, marked or not, with a full stop if its last
         character is a letter or digit, as the authors' script does; `standard` leaves all text as it is.
 
     Raises InputError when the layer was not scored, a turn has two scores or one that is not a number, or no score is
@@ -58,7 +58,7 @@ def mark(
 
 
 def mark_oracle(corpus: Corpus) -> Corpus:
-    """Mark exactly the turns whose answer is known to depend on its context (the truth that generated data carry).
+    """Mark exactly the turns whose answer is known to depend on its context (the truth, known for generated data).
 
     Raises InputError when an answer carries no truth.
     """
@@ -84,10 +84,10 @@ def mark_random(corpus: Corpus, n: int, seed: int) -> Corpus:
 
 
 def turn_table(corpus: Corpus) -> pd.DataFrame:
-    """What is known about every answered turn, a row each, in the corpus's order.
+    """Everything known about the answered turns, one row each, in the corpus's order.
 
-    Columns: conversation, turn (from 1), kind ("unknown" where the data do not tell), depends_on_context (the truth:
-    True, False, or None where nobody knows it, as in all data that people wrote), score (NaN before `mark`), indicated,
+    Columns: conversation, turn (from 1), kind ("unknown" if the data do not say), depends_on_context (the truth: True,
+    False, or None if it is not known, as in all data written by people), score (NaN before `mark`), indicated,
     words (of the answer).
     """
     rows = []
@@ -102,7 +102,7 @@ def turn_table(corpus: Corpus) -> pd.DataFrame:
 
 
 def marked_example(corpus: Corpus) -> Conversation:
-    """The shortest conversation with marked and unmarked turns; where there is none, with marked; else of all."""
+    """The shortest conversation with marked and unmarked turns; if there is none, with marked turns; else of all."""
 
     def order(conversation: Conversation) -> tuple[bool, bool, int]:
         marked = [message.indicated for message in conversation.messages if message.role == "user"]
@@ -129,9 +129,9 @@ def fractions_over(scores: pd.DataFrame, thresholds: Sequence[float]) -> pd.Data
 
 
 def threshold_for_fraction(scores: pd.DataFrame, fraction: float, *, layer: int | None = None) -> float:
-    """The threshold over which (strictly) the given fraction of turns lies, or less where scores are equal.
+    """The threshold over which (strictly) the given fraction of turns lies, or fewer if scores are equal.
 
-    layer: may be left out where the frame holds a single one.
+    layer: may be omitted if the frame has a single one.
     Raises InputError for no scores, several layers or a fraction outside [0, 1].
     """
     if not 0 <= fraction <= 1:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ from ctxlib.params import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked questions, with its tokenizer, its name, and the key of its answers in a cache.
+
+    key: a hash of the model's files (`model_hash`), so that a retrained model is asked again.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: Any
+    key: str
 
 
 @contextmanager

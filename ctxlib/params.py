@@ -93,32 +93,32 @@ class Steering(Section):
 
 
 class Scoring(Section):
-    layer: Layer
-    variant: Variant
-    head_reduction: Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
-    thresholds: Annotated[list[Fraction], Field(min_length=1)]
-    threshold: Fraction
-    token_budget: Count | None
+    layer: Layer = 15
+    variant: Variant = "standard"
+    head_reduction: Literal["max_then_mean", "mean_then_max", "mean", "first_token"] = "max_then_mean"
+    thresholds: Annotated[list[Fraction], Field(min_length=1)] = [0.5, 0.6, 0.7, 0.8]
+    threshold: Fraction = 0.6
+    token_budget: Count | None = None
 
 
 class Finetune(Section):
-    method: Literal["full", "lora", "qlora"]
-    variant: Variant
-    steps: Count | None
-    epochs: Positive | None
-    batch_size: Count
-    gradient_accumulation: Count
-    learning_rate: Positive
-    warmup_fraction: Fraction
-    schedule: Literal["constant", "linear", "cosine"]
-    lora_rank: Count
-    lora_alpha: Positive
-    lora_dropout: Fraction
-    max_grad_norm: Positive
-    group_by_length: bool
-    packing: bool
-    gradient_checkpointing: bool | None
-    save_every: Count
+    method: Literal["full", "lora", "qlora"] = "lora"
+    variant: Variant = "standard"
+    steps: Count | None = None
+    epochs: Positive | None = 1
+    batch_size: Count = 2
+    gradient_accumulation: Count = 8
+    learning_rate: Positive = 2e-4
+    warmup_fraction: Fraction = 0.1
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lora_rank: Count = 16
+    lora_alpha: Positive = 16
+    lora_dropout: Fraction = 0.05
+    max_grad_norm: Positive = 1
+    group_by_length: bool = True
+    packing: bool = False
+    gradient_checkpointing: bool | None = None
+    save_every: Count = 100
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "Finetune":

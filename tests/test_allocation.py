@@ -1,5 +1,6 @@
 """Allocation frames against loops over eager patterns, and against frames small enough to work out by hand."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ctxlib.allocation import (
     role_shift,
 )
 from ctxlib.params import InputError
-from ctxlib.roles import PARTS, ROLES, RoleMap
+from ctxlib.roles import ROLES, Groups, RoleMap
 
 
 def random_maps(lengths, seed=0):
@@ -57,13 +58,34 @@ def test_frame_matches_eager_patterns_one_by_one(model: PreTrainedModel, batch_s
     pd.testing.assert_frame_equal(found, eager_frame(model, maps), atol=5e-6, rtol=0, check_dtype=False)
 
 
-def test_the_five_roles_can_go_by_other_names(model: PreTrainedModel):
+def test_any_grouping_is_recorded_as_the_sum_over_its_tokens(model: PreTrainedModel):
     maps = random_maps([12, 7])
-    plain, named = (
-        attention_allocation(model, maps, batch_size=2, pad_token_id=0, **n) for n in ({}, {"names": PARTS})
-    )
-    assert named.role.tolist() == plain.role.replace(dict(zip(ROLES, PARTS, strict=True))).tolist()
-    assert named.attention_allocation.equals(plain.attention_allocation)
+    names = tuple(f"token {position}" for position in range(12))
+    by_token = [Groups(names, torch.arange(len(one))) for one in maps]
+    options = {"batch_size": 2, "pad_token_id": 0}
+    single = attention_allocation(model, maps, groups=by_token, **options).set_index(["example", "layer", "head"])
+    halves = [Groups(("even", "odd"), torch.arange(len(one)) % 2) for one in maps]
+    found = attention_allocation(model, maps, groups=halves, **options)
+    for row in found.itertuples():
+        tokens = single.loc[(row.example, row.layer, row.head)].set_index("role").attention_allocation
+        assert row.attention_allocation == pytest.approx(
+            tokens.iloc[["even", "odd"].index(row.role) :: 2].sum(), abs=1e-6
+        )
+    assert set(found.role) == {"even", "odd"} and len(found) * 6 == len(single)
+    with pytest.raises(InputError, match="one grouping per example"):
+        attention_allocation(model, maps, groups=halves[:1], **options)
+
+
+def test_steering_goes_to_the_users_tokens_whatever_the_grouping(model: PreTrainedModel):
+    maps = random_maps([12, 7])
+    options = {"batch_size": 2, "pad_token_id": 0, "steering_alpha": 0.3}
+    plain = attention_allocation(model, maps, **options)
+    by_name = [Groups(ROLES[::-1], 4 - one.roles) for one in maps]
+    turned = attention_allocation(model, maps, groups=by_name, **options)
+    keys = ["example", "layer", "head", "role"]
+    both = plain.merge(turned, on=keys, validate="1:1")
+    assert len(both) == len(plain)
+    np.testing.assert_allclose(both.attention_allocation_x, both.attention_allocation_y, atol=1e-6)
 
 
 def test_chosen_layers_are_those_of_the_whole_frame(model: PreTrainedModel):

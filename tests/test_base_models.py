@@ -42,8 +42,8 @@ def test_the_shipped_width_and_seed_are_the_shipped_model_which_is_not_trained_a
     assert json.loads((MODELS / "pretrained" / "card.json").read_text())["recipe"] == asdict(scaled(128))
     folder = pretrained(params, scaled(128))
     assert folder == MODELS / "pretrained"
-    on_it = trials.Trial({"models.pretrained": str(folder)})
-    assert trials._description(params, on_it) == trials._description(params, trials.VANILLA)
+    on_it = trials.Plan(params, trials.Trial({"models.pretrained": str(folder)}))
+    assert on_it.description == trials.Plan(params, trials.VANILLA).description
     row = model_table({"shipped": folder}).iloc[0]
     assert (row.width, row.parameters) == (128, closed_form(128, len(build_tokenizer())))
     assert row.lessons == f"{SHIPPED.top_level} of {SHIPPED.top_level}"

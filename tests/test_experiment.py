@@ -12,6 +12,7 @@ import pytest
 from ctxlib import experiment
 from ctxlib.conversations import Message, Question, Rule
 from ctxlib.miniature import MODELS, model_source
+from ctxlib.models import Subject
 from ctxlib.params import InputError, load_params
 from ctxlib.roles import Role
 
@@ -52,11 +53,11 @@ def test_a_retrained_model_has_another_key_and_a_copy_the_same(tmp_path):
     shutil.copytree(MODELS / "pretrained", tmp_path / "model")
     ours = load_params(SMOKE)
     copied = load_params(SMOKE, {"models.pretrained": str(tmp_path / "model")})
-    assert experiment.model_key(copied, "pretrained") == experiment.model_key(ours, "pretrained")
-    assert experiment.model_key(ours, "instruct") != experiment.model_key(ours, "pretrained")
+    key = experiment.subject(ours, "pretrained").key
+    assert experiment.subject(copied, "pretrained").key == key != experiment.subject(ours, "instruct").key
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
-    assert experiment.model_key(copied, "pretrained") != experiment.model_key(ours, "pretrained")
+    assert experiment.subject(copied, "pretrained").key != key
 
 
 def test_a_model_of_the_miniature_is_found_by_its_name_and_any_other_name_is_left_as_it_is():
@@ -71,7 +72,7 @@ def test_a_model_of_the_miniature_is_found_by_its_name_and_any_other_name_is_lef
         experiment.model_path(ours, "instruct")
 
 
-def test_every_model_is_loaded_at_its_own_revision(monkeypatch, model):
+def test_every_model_is_loaded_at_its_own_revision(monkeypatch, model, tokenizer):
     revisions = {"models.revision": "a", "models.instruct_revision": "b", "models.seed_model_revision": None}
     hub = {f"models.{which}": f"owner/{which}" for which in ("pretrained", "instruct", "seed_model")}
     params = load_params(SMOKE, hub | revisions)
@@ -82,11 +83,10 @@ def test_every_model_is_loaded_at_its_own_revision(monkeypatch, model):
         return model
 
     monkeypatch.setattr(experiment.models, "load_model", load_model)
-    for which in ("pretrained", "instruct", "seed_model"):
-        experiment.model(params, which)
+    monkeypatch.setattr(experiment.models, "load_tokenizer", lambda path, **how: tokenizer)
+    asked = [experiment.subject(params, which) for which in ("pretrained", "instruct", "seed_model")]
     assert loaded == {"owner/pretrained": "a", "owner/instruct": "b", "owner/seed_model": None}
-    keys = {experiment.model_key(params, which) for which in ("pretrained", "instruct", "seed_model")}
-    assert len(keys) == 3
+    assert len({subject.key for subject in asked}) == 3
 
 
 def test_data_of_the_hub_are_read_at_their_split_and_revision(monkeypatch):
@@ -144,12 +144,13 @@ def test_an_instruction_is_followed_when_its_answer_is_given_or_all_its_rules_ar
         Question("fact", "facts", "job", user, answers=("x",)),
     ]
 
-    def answers(model, tokenizer, asked, **how):
+    def answers(subject, asked, **how):
         rows = [{"id": question.id, "family": question.family, "answer": said[question.id]} for question in asked]
         return pd.DataFrame(rows)
 
     monkeypatch.setattr(experiment, "answer_questions", answers)
-    scored = experiment.ask(params, model, tokenizer, questions, condition="c", model_key="k", template=True)
+    subject = Subject("tiny", model, tokenizer, "k")
+    scored = experiment.ask(params, subject, questions, condition="c", template=True)
     followed = scored.set_index("id").followed
     assert followed[:4].tolist() == [1, 0, 1, 0] and pd.isna(followed["fact"])
 
@@ -168,7 +169,8 @@ def test_an_adapter_lies_over_the_weights_it_was_trained_on(
     monkeypatch.setattr(experiment.models, "load_tokenizer", lambda path: tokenizer)
     experiment.model(params, "instruct")
     assert asked.pop(str(folder))["quantisation"] == quantisation
-    experiment.finetuned(params, "vanilla")
+    monkeypatch.setattr(experiment.models, "model_hash", lambda path: Path(path).name)
+    experiment.subject(params, "vanilla")
     assert asked.pop(str(folder))["quantisation"] == quantisation
     experiment.model(params, "pretrained")
     assert [how["quantisation"] for how in asked.values()] == [None]

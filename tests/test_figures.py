@@ -11,7 +11,7 @@ import pytest
 from matplotlib.collections import LineCollection
 
 from ctxlib import figures
-from ctxlib.roles import PARTS, ROLES
+from ctxlib.roles import QUESTION_GROUPS, ROLES
 
 rng = np.random.default_rng(0)
 CONDITIONS = ["pretrained", "instruct, template", "instruct, no template"]
@@ -227,7 +227,7 @@ def test_a_role_has_one_colour_in_every_figure():
     shown = {text.get_text(): patch.get_facecolor() for legend in figure.legends
              for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)}  # fmt: skip
     assert shown == {role: mpl.colors.to_rgba(figures.ROLE_COLOURS[role]) for role in ("bos", "user", "assistant")}
-    assert set(figures.ROLE_COLOURS) == {*ROLES, *PARTS}
+    assert set(figures.ROLE_COLOURS) == {*ROLES, *QUESTION_GROUPS}
 
 
 def test_needle_colours_run_from_zero_to_one_whatever_the_values():

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 from ctxlib import generate
 from ctxlib.attention import record_allocation
 from ctxlib.conversations import Message, Question
-from ctxlib.generate import COLUMNS, answer_questions
-from ctxlib.models import add_indicator
+from ctxlib.generate import RESPONSE_COLUMNS
+from ctxlib.models import Subject, add_indicator
 from ctxlib.params import InputError
 from ctxlib.roles import role_map
 
@@ -31,6 +31,10 @@ DECODING = {"max_new_tokens": 12, "batch_size": 2, "model_key": "tiny", "progres
 PLAIN = {**DECODING, "template": True, "indicator": None, "use_prefix": False}
 
 
+def answer_questions(model, tokenizer, questions, *, model_key, **options):
+    return generate.answer_questions(Subject("tiny", model, tokenizer, model_key), questions, **options)
+
+
 def never(*args, **kwargs):
     raise AssertionError("the model was called")
 
@@ -45,7 +49,7 @@ def test_batched_answers_equal_manual_greedy_loops(model, tokenizer, template, u
     frame = answer_questions(
         model, tokenizer, QUESTIONS, template=template, indicator=indicator, use_prefix=use_prefix, **DECODING
     )
-    assert tuple(frame.columns) == COLUMNS
+    assert tuple(frame.columns) == RESPONSE_COLUMNS
     assert list(frame["id"]) == [question.id for question in QUESTIONS]
     for question, row in zip(QUESTIONS, frame.itertuples(), strict=True):
         system, user = question.messages
@@ -237,7 +241,7 @@ def test_a_full_disk_keeps_the_answers_before_and_a_run_with_room_goes_on(model,
 
 def test_no_questions_make_an_empty_frame(model, tokenizer):
     frame = answer_questions(model, tokenizer, [], **PLAIN)
-    assert tuple(frame.columns) == COLUMNS
+    assert tuple(frame.columns) == RESPONSE_COLUMNS
     assert frame.empty
 
 

@@ -14,6 +14,7 @@ from ctxlib.conversations import Message
 from ctxlib.evidence import heads, trials
 from ctxlib.evidence.trials import PRETRAINED, RAW, TEMPLATE
 from ctxlib.generate import answer_questions
+from ctxlib.models import Subject
 from ctxlib.params import InputError
 from ctxlib.questions.needle import needle_attention
 
@@ -43,7 +44,8 @@ def test_one_pass_recalls_what_greedy_decoding_says_after_the_prefix(params, que
     asked = questions if family == "needle" else experiment.fact_questions(params)
     of, tokenizer = heads.reader(params, PRETRAINED, ASKED[name], asked), experiment.tokenizer(params)
     how = {"template": name == "template", "indicator": None, "use_prefix": True, "max_new_tokens": 3}
-    said = answer_questions(of.model, tokenizer, asked, batch_size=5, model_key="", progress=False, **how).answer
+    subject = Subject("pretrained", of.model, tokenizer, "")
+    said = answer_questions(subject, asked, batch_size=5, progress=False, **how).answer
     expected = [float(answer.startswith(question.answers[-1])) for answer, question in zip(said, asked, strict=True)]
     found = heads.recalled(of)
     assert found.value.tolist() == expected and found.id.tolist() == [question.id for question in asked]
@@ -52,7 +54,7 @@ def test_one_pass_recalls_what_greedy_decoding_says_after_the_prefix(params, que
 
 
 def test_attention_to_the_needle_is_that_of_the_token_before_the_value(params, questions, readers):
-    found = heads.needle_attention(readers["template"])
+    found = heads.needle_attention_by_head(readers["template"])
     tokenizer = experiment.tokenizer(params)
     maps = experiment.prompts(tokenizer, questions, template=True, first_response_token="forced_prefix")
     for layer in (0, 4):
@@ -72,9 +74,9 @@ def test_the_knock_out_forbids_the_passage_to_the_tokens_that_yield_the_answer(
     place = 0
     for (_, keep, alpha, how), batch in zip(seen, readers[name].batches(), strict=True):
         assert alpha == 0 and how["heads"] == [(1, 2)]
-        for row, ids in enumerate(batch.parts.input_ids):
+        for row, ids in enumerate(batch.input_ids):
             question = questions[place]
-            real = batch.parts.attention_mask[row].bool()
+            real = batch.groups[row] >= 0
             passage = question.messages[0].content.rsplit("\n", 1)[0]
             assert tokenizer.decode(ids[real & ~keep[row]]).strip() == passage
             first, *rest = ids[how["queries"][row]].tolist()
@@ -101,7 +103,7 @@ def test_steering_weighs_down_all_but_the_users_tokens(params, questions, reader
     kept = [
         tokenizer.decode(ids[keep])
         for (_, keeps, alpha, how), batch in zip(seen, readers["template"].batches(), strict=True)
-        for ids, keep in zip(batch.parts.input_ids, keeps, strict=True)
+        for ids, keep in zip(batch.input_ids, keeps, strict=True)
         if (alpha, how) == (0.3, {"heads": [(1, 2)]})
     ]
     assert kept == [question.messages[0].content for question in questions]

@@ -223,13 +223,14 @@ def harness():
 def ours(folder, sources, out, *, template, variant, prompt="instruction", indicator=None):
     """Scored answers of ctxlib, a frame a dataset; `containment_authors_code` by the paper's variant."""
     frames = {}
-    model, tokenizer = models.load_model(folder, device="cpu"), models.load_tokenizer(folder)
+    loaded = models.load_model(folder, device="cpu"), models.load_tokenizer(folder)
+    subject = models.Subject("ours", *loaded, models.model_hash(folder))
     for dataset, source in sources.items():
         settings = {"qa.sources": [source], "qa.n": 1000, "qa.max_new_tokens": 100, "qa.prompt": prompt}
         params = load_params(ROOT / "params/smoke.yaml", {**settings, "qa.variant": variant, "outputs": str(out)})
         questions = experiment.passage_questions(params)
-        asking = {"condition": "", "model_key": models.model_hash(folder), "template": template, "indicator": indicator}
-        said = experiment.ask(params, model, tokenizer, questions, **asking)[["id", "prompt", "answer"]]
+        asking = {"condition": "", "template": template, "indicator": indicator}
+        said = experiment.ask(params, subject, questions, **asking)[["id", "prompt", "answer"]]
         clean, paper = (score_answers(said, questions, variant=variant) for variant in VARIANTS)
         frames[dataset] = clean.assign(containment_authors_code=paper["containment"]).set_index("id")
     return frames

@@ -42,7 +42,7 @@ from ctxlib.commands.mt_bench import (
 )
 from ctxlib.conversations import Message
 from ctxlib.metrics import bootstrap_interval
-from ctxlib.models import add_indicator
+from ctxlib.models import Subject, add_indicator
 from ctxlib.params import InputError
 from ctxlib.roles import role_map
 
@@ -63,7 +63,7 @@ PROMPTS = [
         "{ref_answer_1}|{ref_answer_2}|{question_1}|{answer_1}|{question_2}|{answer_2}",
     ),
 ]
-DECODING = {"max_new_tokens": 8, "batch_size": 2, "model_key": "tiny", "progress": False}
+DECODING = {"max_new_tokens": 8, "batch_size": 2, "progress": False}
 
 
 def write_rows(path, rows):
@@ -304,7 +304,7 @@ def test_the_second_turn_is_asked_after_the_models_own_first_answer(model, token
         prompt = role_map(tokenizer, messages, generation_prompt=True, indicator=indicator)
         return greedy_loop(model, tokenizer, prompt, DECODING["max_new_tokens"])[0]
 
-    frame = answer_turns(model, tokenizer, bench, indicator=indicator, **DECODING)
+    frame = answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, indicator=indicator, **DECODING)
     assert tuple(frame.columns) == ANSWER_COLUMNS
     assert list(frame["question"]) == ["81", "111", "121"] * 2
     said = frame.set_index(["question", "turn"])
@@ -318,20 +318,21 @@ def test_the_second_turn_is_asked_after_the_models_own_first_answer(model, token
 
 
 def test_the_papers_reading_asks_the_first_turn_only(model, tokenizer, bench):
-    both = answer_turns(model, tokenizer, bench, **DECODING)
-    first = answer_turns(model, tokenizer, bench, variant="authors_code", **DECODING)
+    both = answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, **DECODING)
+    first = answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, variant="authors_code", **DECODING)
     pd.testing.assert_frame_equal(first, both[both["turn"] == 1])
 
 
 def test_answers_of_both_turns_are_cached(model, tokenizer, bench, tmp_path):
-    written = answer_turns(model, tokenizer, bench, cache_dir=tmp_path / "cache", **DECODING)
+    written = answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, cache_dir=tmp_path / "cache", **DECODING)
 
     def never(*args, **kwargs):
         raise AssertionError("the model was called")
 
     model.forward = never
     pd.testing.assert_frame_equal(
-        answer_turns(model, tokenizer, bench, cache_dir=tmp_path / "cache", **DECODING), written
+        answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, cache_dir=tmp_path / "cache", **DECODING),
+        written,
     )
 
 
@@ -340,7 +341,7 @@ def test_two_turns_that_may_not_fit_are_refused_before_the_first_and_the_remedy_
     forward = model.forward
     model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     with pytest.raises(InputError, match=r"question 111: .* window of 512; lower max_new_tokens to (\d+)") as caught:
-        answer_turns(model, tokenizer, bench, **{**DECODING, "max_new_tokens": 300})
+        answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, **{**DECODING, "max_new_tokens": 300})
     assert not calls
     most = int(str(caught.value).rsplit(" ", 1)[1])
     mt_bench.answers._check_window(model, tokenizer, bench, most, "standard", None)
@@ -450,7 +451,7 @@ def test_what_the_server_refuses_is_counted_with_its_reason_and_asked_for_again(
         ((401, {"error": {"message": "bad key"}}), "bad key.*: check the key in OPENAI_API_KEY"),
         ((404, {"error": {"message": "no such model"}}), "no such model.*: check the judge's name 'grader'"),
         ((200, "<html>welcome</html>"), "the reply is no chat completion: check the server and its base URL"),
-        ((500, {"error": {"message": "broken"}}), "broken.*: .*goes on from the judgements that are there"),
+        ((500, {"error": {"message": "broken"}}), "broken.*: .*resume from the stored judgements"),
     ],
 )
 def test_a_server_that_fails_for_good_stops_the_run_with_a_remedy(

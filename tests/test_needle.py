@@ -14,21 +14,22 @@ from ctxlib.generate import answer_questions, question_prompt
 from ctxlib.metrics import needle_recall, score_answers, summarise
 from ctxlib.miniature.texts import needles as town_needles
 from ctxlib.miniature.town import Town
+from ctxlib.models import Subject
 from ctxlib.params import InputError, load_params
 from ctxlib.questions.needle import (
-    CELL,
+    GRID,
     PAPER_NEEDLE,
     PROMPTS,
-    needle_apart,
     needle_attention,
     needle_depths,
+    needle_groups,
     paper_grid,
     place_needle,
     place_needles,
     read_haystack,
     text_needles,
 )
-from ctxlib.roles import Role
+from ctxlib.roles import ROLES, Role
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -227,24 +228,25 @@ def test_the_needles_tokens_are_told_apart_and_no_other(tokenizer, template):
     questions = ask(SENTENCES, tokenizer, needle=[NEEDLE, SECOND], lengths=[300], depths=[0, 50, 100], per_cell=1)
     for question in questions:
         rendered = question_prompt(tokenizer, question, template, None, False)
-        apart = needle_apart(rendered, question, [NEEDLE, SECOND])
-        of_needle = apart.roles == Role.SYSTEM
-        assert tokenizer.decode(apart.ids[of_needle]) == "".join(
+        groups = needle_groups(rendered, question, [NEEDLE, SECOND])
+        of_needle = groups.ids == groups.names.index("needle")
+        assert tokenizer.decode(rendered.ids[of_needle]) == "".join(
             sorted([NEEDLE, SECOND], key=question.messages[0].content.index)
         )
         assert (rendered.roles[of_needle] == Role.USER).all()
-        assert (apart.roles == rendered.roles)[~of_needle].all() and apart.ids is rendered.ids
+        for role, group in zip(rendered.roles[~of_needle].tolist(), groups.ids[~of_needle].tolist(), strict=True):
+            assert groups.names[group] == ROLES[role]
 
 
 def test_a_needle_that_is_not_there_exactly_once_is_said(tokenizer):
     (question,) = ask(SENTENCES, tokenizer, lengths=[300], depths=[0], per_cell=1)
     rendered = question_prompt(tokenizer, question, True, None, False)
     with pytest.raises(InputError, match="is there 0 times"):
-        needle_apart(rendered, question, ["Nothing of the kind."])
+        needle_groups(rendered, question, ["Nothing of the kind."])
     with pytest.raises(InputError, match=r"'needle-text-300-0-0'.* times instead of once"):
-        needle_apart(rendered, question, ["says nothing."])
+        needle_groups(rendered, question, ["says nothing."])
     with pytest.raises(InputError, match="needs a map made by role_map"):
-        needle_apart(replace(rendered, chars=None), question)
+        needle_groups(replace(rendered, chars=None), question)
 
 
 def test_needle_attention_is_the_last_rows_share_in_the_eager_pattern(model, tokenizer):
@@ -263,7 +265,7 @@ def test_needle_attention_is_the_last_rows_share_in_the_eager_pattern(model, tok
         expected = pattern[:, start : start + len(NEEDLE)].sum(dim=-1).mean().item()
         assert row.needle_attention == pytest.approx(expected, abs=1e-6)
         assert row.needle_tokens == pytest.approx(len(NEEDLE) / len(prompt))
-    cells = summarise(frame, CELL, "needle_attention")
+    cells = summarise(frame, GRID, "needle_attention")
     assert len(cells) == 6 and (cells["n"] == 1).all()
 
 
@@ -273,10 +275,10 @@ def test_the_maps_of_answers_and_of_attention_have_the_same_cells_with_intervals
     attention = needle_attention(model, maps, questions, layer=0, batch_size=8, pad_token_id=0)
     answers = score_answers(attention.assign(answer="It is nothing."), questions)
     cells = [
-        summarise(frame, CELL, metric)
+        summarise(frame, GRID, metric)
         for frame, metric in ((answers, "needle_recall"), (attention, "needle_attention"))
     ]
-    assert cells[0][[*CELL, "n"]].equals(cells[1][[*CELL, "n"]])
+    assert cells[0][[*GRID, "n"]].equals(cells[1][[*GRID, "n"]])
     assert (cells[1].ci_low <= cells[1].value).all() and (cells[1].value <= cells[1].ci_high).all()
     assert attention.needle_attention.between(0, 1, inclusive="neither").all()
 
@@ -296,12 +298,11 @@ def test_an_experiment_asks_text_needles_in_its_reading_and_reads_shared_text_on
     read = []
     beginning = generate._Prefixes._read
     monkeypatch.setattr(generate._Prefixes, "_read", lambda self, ids: read.append(len(ids)) or beginning(self, ids))
-    answers = experiment.ask(
-        params, model, tokenizer, questions, condition="plain", model_key="tiny", template=True, use_prefix=True
-    )
+    subject = Subject("tiny", model, tokenizer, "tiny")
+    answers = experiment.ask(params, subject, questions, condition="plain", template=True, use_prefix=True)
     assert len(read) == len(questions)
     plain = {"template": True, "indicator": None, "use_prefix": True, "max_new_tokens": 4, "batch_size": 1}
-    expected = answer_questions(model, tokenizer, questions, **plain, model_key="tiny", progress=False)
+    expected = answer_questions(subject, questions, **plain, progress=False)
     assert answers[expected.columns].equals(expected)
     assert (
         answers["prompt"].str.contains("The best thing to do is to eat" if variant == "authors_code" else "best").all()

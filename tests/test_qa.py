@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Sequence, Value
 
 from ctxlib.generate import answer_questions
 from ctxlib.metrics import by_dialogue, drop_scores, score_answers
+from ctxlib.models import Subject
 from ctxlib.params import InputError
 from ctxlib.questions.qa import load_questions
 
@@ -349,8 +350,8 @@ def test_a_sample_of_quac_holds_whole_dialogues(tmp_path):
 def test_questions_of_all_datasets_are_answered_and_scored_together(tmp_path, model, tokenizer):
     sources = [squad(squad_qa(["Ada"]), squad_qa([], "q2")), quac([2]), drop(drop_answer("2"))]
     questions = [question for source in sources for question in load_questions(write(tmp_path, source))]
-    limits = {"max_new_tokens": 4, "batch_size": 8, "use_prefix": False, "model_key": "m", "progress": False}
-    answers = answer_questions(model, tokenizer, questions, template=True, indicator=None, **limits)
+    limits = {"max_new_tokens": 4, "batch_size": 8, "use_prefix": False, "progress": False}
+    answers = answer_questions(Subject("m", model, tokenizer, "m"), questions, template=True, indicator=None, **limits)
     scored = score_answers(answers, questions, variant="standard")
     assert scored.kind.tolist() == ["squad_v2", "squad_v2_no_answer", "quac", "quac", "drop"]
     assert scored.containment.between(0, 1).all()

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from ctxlib.conversations import Message
 from ctxlib.params import InputError
 from ctxlib.roles import (
-    PARTS,
     PLAIN_SEPARATOR,
+    QUESTION_GROUPS,
+    ROLES,
     Role,
     RoleMap,
     content_alignment,
     pad_batch,
-    question_apart,
+    question_groups,
     role_map,
     role_table,
 )
@@ -287,22 +289,30 @@ def test_alignment_needs_maps_that_know_their_characters():
 def test_the_question_is_the_last_line_of_the_last_message(tokenizer, template):
     messages = [Message("user", "one\ntwo?"), Message("assistant", "2\n"), Message("user", "a\nb\nwhy?")]
     whole = role_map(tokenizer, messages, template=template, generation_prompt=True, response_prefix="so\nit")
-    apart = question_apart(whole, messages)
-    tokens = role_table(tokenizer, apart).token
-    text = {name: "".join(tokens[apart.roles.numpy() == part]) for part, name in enumerate(PARTS)}
+    groups = question_groups(whole, messages)
+    tokens = role_table(tokenizer, whole).token
+    assert groups.names == QUESTION_GROUPS
+    text = {name: "".join(tokens[groups.ids.numpy() == group]) for group, name in enumerate(groups.names)}
     assert text["question"] == "why?" and text["passage"] == "one\ntwo?a\nb\n" and text["assistant"] == "2\nso\nit"
-    others = whole.roles != Role.USER
-    assert torch.equal(apart.roles[others], whole.roles[others]) and torch.equal(apart.ids, whole.ids)
-    one_line = question_apart(
-        role_map(tokenizer, [Message("user", "why?")], template=template), [Message("user", "why?")]
-    )
-    assert Role.USER not in one_line.roles
+    for role, group in zip(whole.roles.tolist(), groups.ids.tolist(), strict=True):
+        assert groups.names[group] == ROLES[role] or role == Role.USER
+    one_line = [Message("user", "why?")]
+    groups = question_groups(role_map(tokenizer, one_line, template=template), one_line)
+    assert QUESTION_GROUPS.index("passage") not in groups.ids
 
 
-def test_the_question_cannot_be_told_apart_beside_a_system_text(tokenizer):
-    messages = [Message("system", "s"), Message("user", "why?")]
-    with pytest.raises(InputError, match="system text"):
-        question_apart(role_map(tokenizer, messages), messages)
+@pytest.mark.parametrize("template", [True, False])
+def test_a_system_text_stays_a_group_of_its_own(tokenizer, template):
+    messages = [Message("system", "be\nbrief"), Message("user", "a passage\nwhy?")]
+    whole = role_map(tokenizer, messages, template=template)
+    groups = question_groups(whole, messages)
+    text = {
+        name: tokenizer.decode(whole.ids[groups.ids == groups.names.index(name)])
+        for name in ("system", "question", "passage")
+    }
+    assert text == {"system": "be\nbrief", "question": "why?", "passage": "a passage\n"}
+    with pytest.raises(InputError, match="role_map"):
+        question_groups(replace(whole, chars=None), messages)
 
 
 @few

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ctxlib.attention.hook import Hook, Stop, check_batch, checked, registered, unwrapped
 from ctxlib.params import InputError
-from ctxlib.roles import ROLES, Role
+from ctxlib.roles import ROLES
 
 Rows = Int[Tensor, "batch row"] | Literal["last", "all"]
 _BLOCK_ELEMENTS = 2**21  # float32 scores held at a time: 8 MB
@@ -29,17 +29,19 @@ def record_allocation(
     layers: Sequence[int] | None = None,
     turns: Int[Tensor, "batch pos"] | None = None,
     stop_after: int | None = None,
+    names: Sequence[str] = ROLES,
 ) -> Iterator["Recording"]:
     r"""Record the fraction of attention that chosen query positions pay to each role, in float32.
 
     $$A_{r,h,q} = \sum_{k : \text{role}(k) = r} p_{h,q,k}, \qquad \sum_r A_{r,h,q} = 1$$
 
-    `roles` holds a `Role` a token, -1 on padding (left or right). `rows` are the queries: the last token of each
-    example, all of them, or a table of positions, -1 for none. Rows of padding are zero, all others sum to one. With
-    `turns` (`RoleBatch.turns`) the recording also splits every role by turn. `stop_after` ends the forward pass at
-    that layer's attention pattern: the call then returns an output without logits. A new forward pass over the prompt
-    replaces what was recorded. In `generate` the decoding steps follow as more rows (not for a table of positions),
-    their tokens counted as the assistant's.
+    `roles` holds one `Role` per token, -1 on padding (left or right); for another grouping (`Groups.ids`), `names` are
+    its groups. `rows` are the queries: the last token of each example, all of them, or a table of positions, -1 for
+    none. Rows of padding are zero, all others sum to one. With `turns` (`RoleBatch.turns`) the recording also splits
+    every role by turn. `stop_after` ends the forward pass at that layer's attention pattern: the call then returns an
+    output without logits. A new forward pass over the prompt replaces the recording. In `generate` the decoding steps
+    follow as more rows (not for a table of positions), their tokens counted as the group "assistant", or as none if no
+    group has that name.
 
     Two ways, one result. A few rows are computed beside the model's own attention, whose output stays as it is. Where
     more than half of the rows are wanted, the roles ride along as further columns of the values, in one float32 call:
@@ -49,7 +51,7 @@ def record_allocation(
     biases, an encoder's that looks ahead, and a sliding window that has dropped keys from the cache; reading what was
     recorded, for layers without attention, as hybrid models have them. Reference: Wang et al. 2024, section 2.2.
     """
-    recording = Recording(model, roles, rows, layers, turns, stop_after)
+    recording = Recording(model, roles, rows, layers, turns, stop_after, names)
     with ExitStack() as stack:
         hook = stack.enter_context(registered(model))
         if stop_after is not None:
@@ -101,7 +103,7 @@ def verify_recording(
 class Recording:
     """Role allocations of one forward pass and of the decoding steps after it, on the device of `roles`."""
 
-    def __init__(self, model, roles, rows, layers, turns, stop_after):
+    def __init__(self, model, roles, rows, layers, turns, stop_after, names=ROLES):
         if turns is not None and turns.shape != roles.shape:
             raise InputError(f"turns are {tuple(turns.shape)}, roles {tuple(roles.shape)}; give one turn a token")
         depth = model.config.num_hidden_layers
@@ -116,15 +118,18 @@ class Recording:
         self._real = roles >= 0
         self._n_turns = 1 if turns is None else int(turns.max()) + 1
         turns = torch.zeros_like(roles) if turns is None else turns
-        self._group = torch.where(self._real, turns * len(ROLES) + roles, -1)
-        self._generated_group = turns.amax(dim=1, keepdim=True) * len(ROLES) + Role.ASSISTANT
+        self._n_groups = len(names)
+        self._group = torch.where(self._real, turns * self._n_groups + roles, -1)
+        last_turn = turns.amax(dim=1, keepdim=True) * self._n_groups
+        generated = names.index("assistant") if "assistant" in names else None
+        self._generated_group = torch.full_like(last_turn, -1) if generated is None else last_turn + generated
         self._follows = isinstance(rows, str)
         self._rows = self._positions(rows)
         self._steps: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
     @property
     def allocation(self) -> Float32[Tensor, "layer batch head row role"]:
-        """Fraction of attention in [0, 1] on each of `ROLES`; rows in the order asked for, then decoding steps."""
+        """Fraction of attention in [0, 1] on each role or group; rows in the order asked for, then decoding steps."""
         return self.by_turn.sum(dim=-2)
 
     @property
@@ -133,7 +138,7 @@ class Recording:
         if missing := [layer for layer, steps in self._steps.items() if not steps]:
             raise InputError(self._why_not(missing))
         grouped = torch.stack([torch.cat(steps, dim=2) for steps in self._steps.values()])
-        return grouped.unflatten(-1, (self._n_turns, len(ROLES)))
+        return grouped.unflatten(-1, (self._n_turns, self._n_groups))
 
     @property
     def layers_with_attention(self) -> list[int]:
@@ -184,7 +189,7 @@ class Recording:
         else:
             return None
         later = self._generated_group.expand(-1, max(key.shape[2] - length, 0))
-        columns = _columns(torch.cat([self._group, later], dim=1), self._n_turns * len(ROLES))
+        columns = _columns(torch.cat([self._group, later], dim=1), self._n_turns * self._n_groups)
         index = (rows - first_query).clamp(min=0)
         return _Wanted(self._steps[layer], rows, index.to(query.device), columns.to(query.device))
 

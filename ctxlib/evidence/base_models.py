@@ -1,7 +1,7 @@
-"""Base models beside the shipped one, of other widths or from another seed, trained from nothing in the same way.
+"""Base models like the shipped one, but of other widths or from another seed, trained from scratch by the same recipe.
 
-Like a trial a base model is computed once, by whichever process asks first, and lies in `work/pretrainings/<key>` under
-a hash of everything that can change it. Code is not in that hash but for `VERSION`.
+Like a trial, a base model is computed once, by whichever process asks first, and stored in `work/pretrainings/<key>`
+under a hash of everything that can change it. Code is not part of that hash, except for `VERSION`.
 """
 
 import json
@@ -25,7 +25,7 @@ SHIPPED = Recipe()
 
 
 def scaled(width: int, *, seed: int = SHIPPED.seed, steps: int = SHIPPED.total_steps) -> Recipe:
-    """The shipped recipe at another width: as many layers and heads, the heads and the MLP wider in proportion.
+    """The shipped recipe at another width: the same number of layers and heads, heads and MLP wider in proportion.
 
     width: of the hidden states, a multiple of 8, so that a head's is even. steps: batches of `Recipe.batch_tokens`.
     """
@@ -40,7 +40,7 @@ def scaled(width: int, *, seed: int = SHIPPED.seed, steps: int = SHIPPED.total_s
 
 
 def pretrained(params: Params, recipe: Recipe, *, progress: bool = False) -> Path:
-    """The folder of the recipe's model, trained first if need be; a killed training goes on. The shipped one is there.
+    """The folder of the recipe's model, trained first unless it is the shipped one; interrupted training resumes.
 
     For `models.pretrained` of a trial. Another process that asks for the same model waits for it.
     """
@@ -61,7 +61,7 @@ def pretrained(params: Params, recipe: Recipe, *, progress: bool = False) -> Pat
 
 
 def model_table(folders: Mapping[str, Path]) -> pd.DataFrame:
-    """A row a model: model, width, pretraining_seed, parameters, lessons, tokens, minutes.
+    """One row per model: model, width, pretraining_seed, parameters, lessons, tokens, minutes.
 
     folders: of `pretrained`, by the models' names. lessons: passed, of `top_level`; tokens: seen, padding included.
     """

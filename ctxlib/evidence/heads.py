@@ -1,13 +1,13 @@
-"""Heads: which of them look away from the needle, and what becomes of the answer without them or with others' outputs.
+"""Which heads attend less to the needle, and how recall changes when they are knocked out, steered or patched.
 
-Every question is asked with its right answer written behind it, so that one pass tells what the model would say, and
-where it looks as it says it. A `Change` says what is done to the model in that pass:
+Every question is asked with its right answer appended, so that one pass gives both the model's prediction at each
+token of the answer and its attention there. A `Change` is an intervention on the model during that pass:
 
     recalled(reader, without_passage([(4, 0)]))               # knocked out: the answer's tokens do not see the passage
     recalled(reader, steered([(4, 0)], 0.1))                  # steered to the user's tokens
-    recalled(reader, with_outputs([(4, 0)], outputs(other)))  # patched: hands on what it does in another condition
+    recalled(reader, with_outputs([(4, 0)], outputs(other)))  # patched: its output is that of another condition
 
-The changes hold for the pass alone, and nothing of it is kept in a cache.
+A change ends with the pass, and nothing is cached.
 """
 
 import random
@@ -27,15 +27,15 @@ from ctxlib.evidence import trials
 from ctxlib.evidence.trials import Asking, Trial
 from ctxlib.generate import question_prompt
 from ctxlib.params import InputError, Params
-from ctxlib.questions.needle import NEEDLE_PARTS, needle_apart
-from ctxlib.roles import PARTS, RoleBatch, RoleMap, pad_batch, question_apart
+from ctxlib.questions.needle import needle_groups
+from ctxlib.roles import QUESTION_GROUPS, RoleMap, pad_batch, pad_groups, question_groups
 
-PASSAGE, QUESTION = PARTS.index("passage"), PARTS.index("question")
+PASSAGE, QUESTION = QUESTION_GROUPS.index("passage"), QUESTION_GROUPS.index("question")
 
 
 @dataclass(frozen=True)
 class Forced:
-    """A question as a model reads it, with the right answer behind it up to the last token but one of its value."""
+    """A question as the model reads it, followed by the right answer up to the last token but one of its value."""
 
     question: Question
     prompt: RoleMap
@@ -43,16 +43,20 @@ class Forced:
 
     @property
     def answer_tokens(self) -> int:
-        """How many of the last positions yield a token of the answer: the prompt's last token, and all after it."""
+        """Number of positions that yield a token of the answer: the prompt's last token, and all after it."""
         asked = sum(len(message.content) for message in self.question.messages)
         return 1 + int((self.prompt.chars[:, 0] >= asked).sum())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of a reader's questions: `parts` have the roles PARTS, `rows` the positions that yield the answer or -1."""
+    """Some of a reader's questions: their tokens, grouped as QUESTION_GROUPS (-1: padding).
 
-    parts: RoleBatch
+    rows: the positions that yield the answer's tokens, -1 for none.
+    """
+
+    input_ids: Int[Tensor, "batch pos"]
+    groups: Int[Tensor, "batch pos"]
     rows: Int[Tensor, "batch row"]
     examples: slice
 
@@ -82,13 +86,14 @@ class Reader:
             ends = torch.tensor([[len(one.prompt), one.answer_tokens] for one in some])
             back = torch.arange(most, 0, -1)
             rows = torch.where(back <= ends[:, 1:], ends[:, :1] - back, -1)
-            maps = [question_apart(one.prompt, one.question.messages) for one in some]
-            yield Batch(pad_batch(maps, self.pad_token_id, "right"), rows, slice(start, start + len(some)))
+            ids = pad_batch([one.prompt for one in some], self.pad_token_id, "right").input_ids
+            groups = pad_groups([question_groups(one.prompt, one.question.messages) for one in some])
+            yield Batch(ids, groups, rows, slice(start, start + len(some)))
 
     def run(self, batch: Batch, change: AbstractContextManager) -> Float[Tensor, "batch pos token"]:
         """Logits. Padding is on the right, where no causal query sees it."""
         with torch.inference_mode(), change:
-            return self.model(input_ids=batch.parts.input_ids.to(self.model.device), use_cache=False).logits.cpu()
+            return self.model(input_ids=batch.input_ids.to(self.model.device), use_cache=False).logits.cpu()
 
 
 def reader(params: Params, trial: Trial, asking: Asking, questions: Sequence[Question]) -> Reader:
@@ -97,35 +102,36 @@ def reader(params: Params, trial: Trial, asking: Asking, questions: Sequence[Que
     The answer is the response prefix and the shortest gold answer, the value. Raises InputError for a question without
     a prefix, and for a tokenizer that joins prefix and value in one token.
     """
-    model, tokenizer = trials.tuned(params, trial)
+    subject = trials.tuned(trials.Plan(params, trial))
     indicator = params.models.indicator if asking.indicator else None
     forced = []
     for question in questions:
         if not question.response_prefix:
-            raise InputError(f"question {question.id!r} has no response_prefix: its answer cannot be written behind it")
+            raise InputError(f"question {question.id!r} has no response_prefix: its answer cannot be appended")
         said = replace(question, response_prefix=f"{question.response_prefix} {min(question.answers, key=len)}")
-        given, whole = (question_prompt(tokenizer, one, asking.template, indicator, True) for one in (question, said))
+        given, whole = (
+            question_prompt(subject.tokenizer, one, asking.template, indicator, True) for one in (question, said)
+        )
         if whole.ids[: len(given)].tolist() != given.ids.tolist():
             raise InputError(f"question {question.id!r}: the tokenizer joins response_prefix and value; use another")
         forced.append(Forced(question, whole.truncate(len(whole) - 1), whole.ids[len(given) :]))
-    return Reader(model.eval(), forced, tokenizer.pad_token_id, params.models.batch_size)
+    return Reader(subject.model.eval(), forced, subject.tokenizer.pad_token_id, params.models.batch_size)
 
 
 def halves(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
-    """Two halves alike in kinds, lengths and depths: of each kind, every second. One to choose on, one to test on."""
+    """Two halves with the same kinds, lengths and depths, taken in turn: one to choose on, one to test on."""
     by_kind = sorted(questions, key=lambda question: question.kind)
     return by_kind[::2], by_kind[1::2]
 
 
-def needle_attention(of: Reader) -> pd.DataFrame:
-    """Attention to the needle, head by head, of the token that yields the value's first: id, layer, head, value.
+def needle_attention_by_head(of: Reader) -> pd.DataFrame:
+    """Attention of the token that yields the value's first token to the needle: id, layer, head, value.
 
-    Fractions of all attention, in [0, 1]. Raises InputError as `needle_apart` does.
+    Fractions of all attention, in [0, 1]. Raises InputError as `needle_groups` does.
     """
-    maps = [needle_apart(one.prompt.truncate(len(one.prompt) - len(one.value) + 1), one.question) for one in of.forced]
-    frame = attention_allocation(
-        of.model, maps, batch_size=of.batch_size, pad_token_id=of.pad_token_id, names=NEEDLE_PARTS
-    )
+    maps = [one.prompt.truncate(len(one.prompt) - len(one.value) + 1) for one in of.forced]
+    groups = [needle_groups(prompt, one.question) for prompt, one in zip(maps, of.forced, strict=True)]
+    frame = attention_allocation(of.model, maps, groups=groups, batch_size=of.batch_size, pad_token_id=of.pad_token_id)
     frame = frame[frame.role == "needle"].rename(columns={"attention_allocation": "value"})
     return frame.assign(id=frame.example.map(lambda i: of.forced[i].question.id))[["id", "layer", "head", "value"]]
 
@@ -146,8 +152,8 @@ def lowest(frame: pd.DataFrame, n: int) -> list[Head]:
 def choices(looks: pd.DataFrame, shift: pd.DataFrame, n: int, *, draws: int, seed: int) -> list[tuple[str, list[Head]]]:
     """Choices of n heads, by name: those that `shifted` most, those that `look most`, and as many `random` others.
 
-    `looks` is `needle_attention` where the model reads, `shift` the `head_shift` from there. The random ones, `draws`
-    choices, are none of those that shifted; InputError where there are not so many others.
+    `looks` is `needle_attention_by_head` in the condition in which the model reads, `shift` the `head_shift` from
+    there. The random ones, `draws` choices, exclude those that shifted. Raises InputError if there are too few others.
     """
     most = looks.groupby(["layer", "head"], as_index=False)["value"].mean()
     shifted, fetching = lowest(shift, n), lowest(most.assign(value=-most["value"]), n)
@@ -160,9 +166,9 @@ def choices(looks: pd.DataFrame, shift: pd.DataFrame, n: int, *, draws: int, see
 
 
 def recalled(of: Reader, change: Change | None = None) -> pd.DataFrame:
-    """Whether the model says the value after its prefix, every token of it being the likeliest: id, value, 1 or 0.
+    """Whether every token of the value is the likeliest one after the prefix: id, value (1 or 0).
 
-    That is recall by greedy decoding after the forced prefix, in one pass.
+    This equals recall by greedy decoding after the forced prefix, in one pass.
     """
     rows = []
     for batch in of.batches():
@@ -174,7 +180,7 @@ def recalled(of: Reader, change: Change | None = None) -> pd.DataFrame:
 
 
 def outputs(of: Reader) -> Float[Tensor, "layer example row head width"]:
-    """What every head hands on where the answer is written; rows end with the token that yields the value's last."""
+    """Every head's output at the positions of the answer; the last row is the token that yields the value's last."""
     found = []
     for batch in of.batches():
         with record_outputs(of.model, batch.rows) as recording:
@@ -186,22 +192,22 @@ def outputs(of: Reader) -> Float[Tensor, "layer example row head width"]:
 def without_passage(heads: Collection[Head]) -> Change:
     """Knock-out: the heads' attention from the answer's tokens to the passage is forbidden, the rest scaled up."""
     return lambda model, batch: steer_attention(
-        model, batch.parts.roles != PASSAGE, 0, heads=heads, queries=_answering(batch)
+        model, batch.groups != PASSAGE, 0, heads=heads, queries=_answering(batch)
     )
 
 
 def steered(heads: Collection[Head], steering_alpha: int | float) -> Change:
     """The heads' attention steered to the user's tokens at every position, as `steer_attention` does."""
     return lambda model, batch: steer_attention(
-        model, torch.isin(batch.parts.roles, torch.tensor([PASSAGE, QUESTION])), steering_alpha, heads=heads
+        model, torch.isin(batch.groups, torch.tensor([PASSAGE, QUESTION])), steering_alpha, heads=heads
     )
 
 
 def with_outputs(heads: Collection[Head], source: Float[Tensor, "layer example row head width"]) -> Change:
-    """Patch: where the answer is written the heads hand on `outputs` of another reader of the same questions."""
+    """Patch: at the positions of the answer the heads' outputs are those of another reader of the same questions."""
     return lambda model, batch: patch_outputs(model, source[:, batch.examples], batch.rows, heads)
 
 
 def _answering(batch: Batch) -> Bool[Tensor, "batch pos"]:
-    positions = torch.arange(batch.parts.roles.shape[1])
+    positions = torch.arange(batch.groups.shape[1])
     return (batch.rows[:, :, None] == positions).any(dim=1)

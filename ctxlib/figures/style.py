@@ -22,7 +22,7 @@ ROLE_COLOURS = {  # what somebody wrote in Okabe and Ito's colours, scaffolding 
     "user": "#0072B2",
     "assistant": "#E69F00",
     "template": "#B8B8B8",
-    "passage": "#0072B2",  # what the user wrote, taken apart by `roles.question_apart`
+    "passage": "#0072B2",  # the user's text, split by `roles.question_groups`
     "question": "#56B4E9",
 }
 # pretrained, instruct with template, instruct without: the paper's Figure 2

@@ -1,4 +1,4 @@
-"""LoRA adapters: laid on a model, frozen in part, merged into their base."""
+"""LoRA adapters: added to a model, frozen in part, merged into their base."""
 
 import shutil
 from functools import partial
@@ -65,9 +65,9 @@ def frozen_rows(model: PeftModel, inputs_too: bool) -> list[torch.nn.Parameter]:
 def export_merged(adapter: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
     """Writes the adapter at `adapter`, merged into its base model, and its tokenizer, as a model of its own.
 
-    Base weights are taken unquantised, also where the adapter was trained over 4-bit ones: the merged model then
-    differs from the trained one by what quantisation had changed.
-    Raises InputError if there is no adapter, or `out_dir` is there already.
+    Base weights are taken unquantised, also if the adapter was trained over 4-bit ones: the merged model then
+    differs from the trained one by the quantisation error.
+    Raises InputError if there is no adapter, or `out_dir` exists already.
     """
     out_dir = Path(out_dir).expanduser()
     if not is_adapter(adapter):

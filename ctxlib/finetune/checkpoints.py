@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the newest whole one, and what is wrong with the others."""
+"""Checkpoints of a training: the newest complete one, and the damage of the others."""
 
 import shutil
 import warnings
@@ -11,9 +11,9 @@ from ctxlib.params import InputError
 
 
 def last_checkpoint(work_dir: Path, tidy: bool) -> str | None:
-    """The newest whole checkpoint; newer ones, if `tidy`, are removed, so that none is taken for one to keep.
+    """The newest complete checkpoint; if `tidy`, newer damaged ones are removed.
 
-    One that a kill left unfinished is no news while there is another; of all else that is lost a warning tells.
+    A warning reports removed checkpoints, except an unfinished one if there is another to resume from.
     """
     whole, damaged = None, {}
     for folder in sorted(work_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
@@ -25,9 +25,9 @@ def last_checkpoint(work_dir: Path, tidy: bool) -> str | None:
         return whole and str(whole)
     for folder in damaged:
         shutil.rmtree(folder)
-    if told := [damage for damage in damaged.values() if whole is None or not damage.endswith(_UNFINISHED)]:
-        goes_on = f"goes on from {whole.name}" if whole else "begins anew, no other is there"
-        warnings.warn(f"{'; '.join(told)}: training {goes_on}", stacklevel=3)
+    if reported := [damage for damage in damaged.values() if whole is None or not damage.endswith(_UNFINISHED)]:
+        then = f"resumes from {whole.name}" if whole else "starts over, there is no other"
+        warnings.warn(f"{'; '.join(reported)}: training {then}", stacklevel=3)
     return whole and str(whole)
 
 
@@ -35,7 +35,7 @@ _UNFINISHED = "not written to its end"
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, of which trainer_state.json is written last."""
+    """The first damage found in a checkpoint, of which trainer_state.json is written last."""
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
         return f"{checkpoint}: {_UNFINISHED}"

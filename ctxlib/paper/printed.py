@@ -43,7 +43,7 @@ OFFICIAL = {  # the models of table 7: before and after their own instruction tu
 }
 
 KEYS = ["table", "dataset", "model", "condition", "threshold", "metric"]
-COLUMNS = [*KEYS, "value", "sd", "printed"]
+PRINTED_COLUMNS = [*KEYS, "value", "sd", "printed"]
 _PERCENT = {("1", "quac"), ("1", "drop"), ("7", "nih"), *(("3", metric) for metric in SQUAD_QUAC_DROP)}
 _CONDITIONS = {
     "vanilla": VANILLA,
@@ -176,7 +176,7 @@ def table(number: str | int) -> pd.DataFrame:
         "9": {"dataset": "ShareGPT", "model": "TinyLlama"},
         "10": {"metric": "fraction"},
     }
-    tall = tall.assign(**constant.get(str(number), {})).reindex(columns=COLUMNS)
+    tall = tall.assign(**constant.get(str(number), {})).reindex(columns=PRINTED_COLUMNS)
     scale = [Decimal(100 if key in _PERCENT else 1) for key in zip(tall.table, tall.metric, strict=True)]
     parts = [text.replace(",", "").rstrip("*").partition("±") for text in tall.printed]
     tall["value"] = [float(Decimal(mean) / by) for (mean, _, _), by in zip(parts, scale, strict=True)]

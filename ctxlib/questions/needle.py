@@ -3,21 +3,21 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib.allocation import attention_allocation, mean_over_heads
 from ctxlib.conversations import Message, Question
 from ctxlib.files import read_text
 from ctxlib.params import InputError, Variant
-from ctxlib.roles import Role, RoleMap
+from ctxlib.roles import Groups, RoleMap, split_user
 
-CELL = ["context_length_tokens", "depth_percent"]
-NEEDLE_PARTS = ("bos", "needle", "user", "assistant", "template")  # what the roles mean after `needle_apart`
+GRID = ["context_length_tokens", "depth_percent"]
+NEEDLE_GROUPS = ("bos", "system", "needle", "user", "assistant", "template")
 PROMPTS = {  # the paper's table 8, by number
     1: "You are a helpful AI assistant that answers a question using only the provided document: "
     "\n{context}\n\nQuestion: {question}",
@@ -157,17 +157,16 @@ def text_needles(
     return questions
 
 
-def needle_apart(rendered: RoleMap, question: Question, needles: Sequence[str] | None = None) -> RoleMap:
-    """The same tokens with those of the needles told apart from the user's others.
+def needle_groups(rendered: RoleMap, question: Question, needles: Sequence[str] | None = None) -> Groups:
+    """The roles with the user's tokens split in two, `NEEDLE_GROUPS`: the needles', and all others.
 
-    The roles are then to be read as `NEEDLE_PARTS`: the needles stand in the place of a system text. `needles` are the
-    sentences as they stand in the question's messages, by default its first gold answer. Raises InputError for a map
-    that does not know its characters or that has a system text, and for a needle that is not there exactly once.
+    `needles` are the sentences as written in the question's messages, by default its first gold answer. Raises
+    InputError for a map that does not know its characters, and for a needle that does not occur exactly once.
     """
-    if rendered.chars is None or (rendered.roles == Role.SYSTEM).any():
-        raise InputError("needle_apart: needs a map made by role_map, of messages without a system text")
+    if rendered.chars is None:
+        raise InputError("needle_groups: needs a map made by role_map")
     text = "".join(message.content for message in question.messages)
-    roles = rendered.roles.clone()
+    inside = torch.zeros(len(rendered), dtype=torch.bool)
     for needle in map(str.strip, needles or question.answers[:1]):
         if text.count(needle) != 1:
             raise InputError(
@@ -175,9 +174,8 @@ def needle_apart(rendered: RoleMap, question: Question, needles: Sequence[str] |
                 "give the needle as it stands in the haystack"
             )
         start = text.index(needle)
-        inside = (rendered.chars[:, 1] > start) & (rendered.chars[:, 0] < start + len(needle))
-        roles[inside & (rendered.roles == Role.USER)] = Role.SYSTEM
-    return replace(rendered, roles=roles)
+        inside |= (rendered.chars[:, 1] > start) & (rendered.chars[:, 0] < start + len(needle))
+    return split_user(rendered, inside, NEEDLE_GROUPS)
 
 
 def needle_attention(
@@ -191,24 +189,25 @@ def needle_attention(
     needles: Sequence[str] | None = None,
     steering_alpha: float | None = None,
 ) -> pd.DataFrame:
-    """How much of the last input token's attention falls on the needles: one row a question, in their order.
+    """Fraction of the last input token's attention that falls on the needles: one row per question, in their order.
 
     Columns: id, context_length_tokens, depth_percent, `needle_attention` (the mean over the heads of `layer`, in
-    [0, 1]) and `needle_tokens` (the needles' share of all tokens, in [0, 1]: what even attention would give). `maps`
-    are the questions as the model reads them, `needles` as in `needle_apart`.
-    `metrics.summarise(frame, CELL, "needle_attention")` is the map over length and depth, with intervals, beside that
-    of the answers' `recalled`. Raises InputError as `needle_apart` does.
+    [0, 1]) and `needle_tokens` (the needles' share of all tokens, in [0, 1], which uniform attention would give).
+    `maps` are the questions as the model reads them, `needles` as in `needle_groups`.
+    `metrics.summarise(frame, GRID, "needle_attention")` is the map over length and depth, with intervals, to compare
+    with that of the answers' `recalled`. Raises InputError as `needle_groups` does.
     """
-    apart = [needle_apart(rendered, asked, needles) for rendered, asked in zip(maps, questions, strict=True)]
+    groups = [needle_groups(rendered, asked, needles) for rendered, asked in zip(maps, questions, strict=True)]
     shares = attention_allocation(
         model,
-        apart,
+        maps,
         batch_size=batch_size,
         pad_token_id=pad_token_id,
         layers=[layer],
         steering_alpha=steering_alpha,
-        names=NEEDLE_PARTS,
+        groups=groups,
     )
+    of_needle = NEEDLE_GROUPS.index("needle")
     on_needle = mean_over_heads(shares[shares.role == "needle"]).sort_values("example").attention_allocation
     return pd.DataFrame(
         {
@@ -216,7 +215,7 @@ def needle_attention(
             "context_length_tokens": [asked.context_length_tokens for asked in questions],
             "depth_percent": [asked.depth_percent for asked in questions],
             "needle_attention": on_needle.to_numpy(),
-            "needle_tokens": [(of.roles == Role.SYSTEM).double().mean().item() for of in apart],
+            "needle_tokens": [(one.ids == of_needle).double().mean().item() for one in groups],
         }
     )
 

@@ -2,25 +2,29 @@
 
 from ctxlib.roles.encoding import encode
 from ctxlib.roles.maps import (
-    PARTS,
     PLAIN_SEPARATOR,
+    QUESTION_GROUPS,
     ROLES,
+    Groups,
     Role,
     RoleBatch,
     RoleMap,
     content_alignment,
     pad_batch,
-    question_apart,
+    pad_groups,
+    question_groups,
     role_map,
     role_table,
+    split_user,
 )
 from ctxlib.roles.rendering import Contents, Rendering, render, spelled_by_template, tokenizer_name
 
 __all__ = [
-    "PARTS",
     "PLAIN_SEPARATOR",
+    "QUESTION_GROUPS",
     "ROLES",
     "Contents",
+    "Groups",
     "Rendering",
     "Role",
     "RoleBatch",
@@ -28,10 +32,12 @@ __all__ = [
     "content_alignment",
     "encode",
     "pad_batch",
-    "question_apart",
+    "pad_groups",
+    "question_groups",
     "render",
     "role_map",
     "role_table",
     "spelled_by_template",
+    "split_user",
     "tokenizer_name",
 ]

@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,7 @@ from ctxlib.roles.encoding import encode
 from ctxlib.roles.rendering import Contents, Rendering, render, spelled_by_template, tokenizer_name
 
 ROLES = ("bos", "system", "user", "assistant", "template")
-PARTS = ("bos", "question", "passage", "assistant", "template")  # what the roles mean after `question_apart`
+QUESTION_GROUPS = ("bos", "system", "question", "passage", "assistant", "template")
 PLAIN_SEPARATOR = "\n\n"
 
 
@@ -55,6 +55,14 @@ class RoleMap:
         """The first n tokens."""
         chars = None if self.chars is None else self.chars[:n]
         return RoleMap(self.ids[:n], self.roles[:n], self.turns[:n], chars)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """A grouping of the tokens of one rendering: `ids` has one index into `names` per token."""
+
+    names: tuple[str, ...]
+    ids: Int[Tensor, " pos"]
 
 
 @dataclasses.dataclass
@@ -163,17 +171,31 @@ def content_alignment(on: RoleMap, off: RoleMap) -> Int[Tensor, "pair 2"]:
     return torch.tensor(sorted(pairs), dtype=torch.long).reshape(-1, 2)
 
 
-def question_apart(rendered: RoleMap, messages: Sequence[Message]) -> RoleMap:
-    """The same tokens with the user's told apart: the question, the last line of the last message, and all the rest.
+def question_groups(rendered: RoleMap, messages: Sequence[Message]) -> Groups:
+    """The roles with the user's tokens split in two, `QUESTION_GROUPS`.
 
-    The roles are then to be read as `PARTS`: the passage stands in the user's place, the question in that of a system
-    text. Raises InputError for a map that does not know its characters or that has a system text.
+    The question is the last line of the last message, the passage is all other text of the user. Raises InputError for
+    a map that does not know its characters.
     """
-    if rendered.chars is None or (rendered.roles == Role.SYSTEM).any():
-        raise InputError("question_apart: needs a map made by role_map, of messages without a system text")
+    if rendered.chars is None:
+        raise InputError("question_groups: needs a map made by role_map")
     start = sum(len(message.content) for message in messages[:-1]) + messages[-1].content.rfind("\n") + 1
-    is_question = (rendered.roles == Role.USER) & (rendered.chars[:, 1] > start)
-    return dataclasses.replace(rendered, roles=torch.where(is_question, int(Role.SYSTEM), rendered.roles))
+    return split_user(rendered, rendered.chars[:, 1] > start, QUESTION_GROUPS)
+
+
+def split_user(rendered: RoleMap, inside: Bool[Tensor, " pos"], names: Sequence[str]) -> Groups:
+    """The roles as groups, with the user's tokens in two of them: `names[2]` if `inside`, else `names[3]`.
+
+    names: bos, system, the two groups of the user, assistant, template.
+    """
+    in_place_of = {Role.BOS: 0, Role.SYSTEM: 1, Role.USER: 3, Role.ASSISTANT: 4, Role.TEMPLATE: 5}
+    ids = torch.tensor([in_place_of[role] for role in Role])[rendered.roles]
+    return Groups(tuple(names), ids.where((rendered.roles != Role.USER) | ~inside, 2))
+
+
+def pad_groups(groups: Sequence[Groups]) -> Int[Tensor, "batch pos"]:
+    """The ids of groupings of different lengths as one batch, padded on the right with -1."""
+    return torch.nn.utils.rnn.pad_sequence([one.ids for one in groups], batch_first=True, padding_value=-1)
 
 
 def pad_batch(maps: Sequence[RoleMap], pad_id: int, side: str = "left") -> RoleBatch:
@@ -193,7 +215,7 @@ def pad_batch(maps: Sequence[RoleMap], pad_id: int, side: str = "left") -> RoleB
 
 
 def role_table(tokenizer: PreTrainedTokenizerBase, role_map: RoleMap) -> pd.DataFrame:
-    """One row a token, to look at: `token` (its text), `role`, `turn`."""
+    """One row per token, to look at: `token` (its text), `role`, `turn`."""
     return pd.DataFrame(
         {
             "token": [tokenizer.decode([token]) for token in role_map.ids.tolist()],

@@ -1,7 +1,7 @@
 """MT-Bench: both turns of every question, graded by any judge that speaks OpenAI's chat protocol.
 
     bench = load_mt_bench("mt_bench")
-    answers = answer_turns(model, tokenizer, bench, max_new_tokens=1024, …)
+    answers = answer_turns(subject, bench, max_new_tokens=1024, …)
     ratings = judge_answers(answers, bench, Judge("gpt-4", repeats=3), "judgements.jsonl")
     summarise_ratings(ratings)
 
@@ -34,7 +34,7 @@ from ctxlib.commands.mt_bench.questions import WITH_REFERENCE, Bench, Task, load
 from ctxlib.commands.mt_bench.ratings import question_ratings, spent, summarise_ratings
 from ctxlib.files import file_digest, read_json_object, write
 from ctxlib.miniature import model_source
-from ctxlib.models import load_model, load_tokenizer, model_hash, require_chat_template
+from ctxlib.models import Subject, load_model, load_tokenizer, model_hash, require_chat_template
 from ctxlib.params import InputError, Variant
 from ctxlib.results import to_json
 
@@ -81,10 +81,11 @@ def evaluate(
     """MT-Bench of a model, into a folder: the summary, and what the judging took (`spent`).
 
     The folder will hold answers.jsonl, ratings.csv, summary.csv and, written last, mt_bench.json (settings, sha256 of
-    the files, versions, counts); `cache/` and judgements.jsonl let a stopped run go on and spare questions that were
-    answered and judged before. The judge is looked for before the model is loaded.
+    the files, versions, counts); with `cache/` and judgements.jsonl an interrupted run resumes without repeating
+    answers or judgements. The judge's server is contacted before the model is loaded.
 
-    Raises InputError as the functions above and `load_model` do, and for a folder with the ratings of another model.
+    Raises InputError as `answer_turns`, `judge_answers` and `load_model` do, and for a folder with the ratings of
+    another model.
     """
     out = Path(out)
     client = open_judge(judge)
@@ -95,14 +96,12 @@ def evaluate(
     _check_folder(out, key)
     loaded = load_model(source, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
     answers = answer_turns(
-        loaded,
-        tokenizer,
+        Subject(model, loaded, tokenizer, key),
         bench,
         variant=variant,
         indicator=indicator,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        model_key=key,
         cache_dir=out / "cache",
     )
     ratings = judge_answers(answers, bench, judge, out / "judgements.jsonl", client=client)

@@ -9,6 +9,7 @@ import pandas as pd
 from ctxlib.commands.mt_bench.questions import Bench, Task
 from ctxlib.conversations import Message, Question
 from ctxlib.generate import answer_questions, question_prompt
+from ctxlib.models import Subject
 from ctxlib.params import InputError, Variant
 
 TURNS = {"standard": (1, 2), "authors_code": (1,)}
@@ -16,8 +17,7 @@ ANSWER_COLUMNS = ("question", "category", "turn", "prompt", "answer", "answer_to
 
 
 def answer_turns(
-    model: Any,
-    tokenizer: Any,
+    subject: Subject,
     bench: Bench,
     *,
     max_new_tokens: int,
@@ -25,22 +25,21 @@ def answer_turns(
     indicator: str | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Greedy answers with the chat template: ANSWER_COLUMNS, a row a question and turn.
+    """Greedy answers with the chat template: ANSWER_COLUMNS, one row per question and turn.
 
     The second turn is asked after the model's own first answer. With an `indicator` every user message carries it, the
-    first one also when it is read again. `options` go to `answer_questions` (batch_size, model_key, cache_dir, …),
-    which batches, caches and resumes.
+    first one also when it is read again. `options` are passed to `answer_questions` (batch_size, cache_dir, …), which
+    batches, caches and resumes.
 
-    Raises InputError, before anything is answered, where two turns of `max_new_tokens` may not fit into the window.
+    Raises InputError, before anything is answered, if two turns of `max_new_tokens` may not fit into the window.
     """
-    _check_window(model, tokenizer, bench, max_new_tokens, variant, indicator)
+    _check_window(subject, bench, max_new_tokens, variant, indicator)
     said: dict[str, list[str]] = {task.id: [] for task in bench.tasks}
     parts = []
     for turn in TURNS[variant]:
         questions = [_question(task, said[task.id], indicator) for task in bench.tasks]
         frame = answer_questions(
-            model,
-            tokenizer,
+            subject,
             questions,
             template=True,
             indicator=indicator,
@@ -61,13 +60,11 @@ def _question(task: Task, said: Sequence[str], indicator: str | None) -> Questio
     return Question(f"mt-bench-{task.id}-{len(said) + 1}", "mt_bench", task.category, tuple(messages))
 
 
-def _check_window(
-    model: Any, tokenizer: Any, bench: Bench, max_new_tokens: int, variant: Variant, indicator: str | None
-) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_window(subject: Subject, bench: Bench, max_new_tokens: int, variant: Variant, indicator: str | None) -> None:
+    window = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
     turns = len(TURNS[variant])
     last = [_question(task, ["."] * (turns - 1), indicator) for task in bench.tasks]
-    lengths = [len(question_prompt(tokenizer, question, True, indicator, False)) for question in last]
+    lengths = [len(question_prompt(subject.tokenizer, question, True, indicator, False)) for question in last]
     longest = int(np.argmax(lengths))
     if window and lengths[longest] + turns * max_new_tokens > window:
         most = (window - lengths[longest]) // turns

@@ -1,4 +1,4 @@
-"""Who grades: a server that speaks OpenAI's chat protocol, and what to do when it fails."""
+"""The judge: a server that speaks OpenAI's chat protocol, and the remedies when it fails."""
 
 import ipaddress
 import os
@@ -11,12 +11,12 @@ from ctxlib.params import InputError
 
 @dataclass(frozen=True)
 class Judge:
-    """Who grades, and how.
+    """The judge, and how it is asked.
 
     base_url: of OpenAI, or of a server of your own ("http://localhost:8000/v1"). The key is read from the environment
     variable `api_key_variable`; a server on this machine or in a private network needs none.
     temperature, max_tokens: of a judgement; None leaves them to the server (some models take no others).
-    repeats: judgements an answer. workers: how many are asked for at a time.
+    repeats: judgements per answer. workers: requests at a time.
     timeout: seconds that a request may take. max_retries: after a time-out, a lost connection, or a busy or failing
     server, with the client's growing pauses.
     """
@@ -35,8 +35,8 @@ class Judge:
 def open_judge(judge: Judge) -> Any:
     """The client, once a server has answered at `base_url`.
 
-    Raises InputError where a number makes no sense, the `openai` package or the key is missing, the key is refused, or
-    no server is to be reached.
+    Raises InputError if a number is out of range, the `openai` package or the key is missing, the key is refused, or no
+    server can be reached.
     """
     for name, least in (("repeats", 1), ("workers", 1), ("max_retries", 0)):
         if getattr(judge, name) < least:
@@ -84,5 +84,5 @@ def stopped(judge: Judge, error: Exception) -> InputError:
     elif isinstance(error, openai.NotFoundError):
         remedy = f"check the judge's name '{judge.model}', and that the base URL ends as the server has it, mostly /v1"
     else:
-        remedy = "check the server and its base URL; the same command goes on from the judgements that are there"
+        remedy = "check the server and its base URL; run the same command again to resume from the stored judgements"
     return InputError(f"judge at {judge.base_url}: {what}: {remedy}")

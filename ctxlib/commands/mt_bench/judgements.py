@@ -1,4 +1,4 @@
-"""What the judge reads and says: one judgement at a time, each kept as it comes."""
+"""The prompts and replies of the judge: one judgement at a time, each stored as it comes."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ NO_RATING, REFUSED = "no rating", "refused"
 
 
 def judge_prompt(bench: Bench, task: Task, answers: Sequence[str]) -> list[dict[str, str]]:
-    """What the judge reads about the last of `answers` (one or two turns), as messages of the chat protocol.
+    """The prompt about the last of `answers` (one or two turns), as messages of the chat protocol.
 
-    The names in braces are filled in at one go, so that an answer that spells one stays as it is. Raises InputError for
-    a name that single-answer grading does not have.
+    All names in braces are filled in at once, so that an answer that contains such a name stays unchanged. Raises
+    InputError for a name that single-answer grading does not have.
     """
     name = PROMPT_NAMES[len(answers), task.reference is not None]
     values = {"question": task.turns[0], "answer": answers[-1]}
@@ -45,9 +45,9 @@ def judge_prompt(bench: Bench, task: Task, answers: Sequence[str]) -> list[dict[
 
 
 def parse_rating(text: str) -> float:
-    """The number from 1 to 10 in double brackets, `[[7]]`; NaN where there is none, or two that differ.
+    """The number from 1 to 10 in double brackets, `[[7]]`; NaN if there is none, or two that differ.
 
-    FastChat takes the first of several, and a number in single brackets where there is none in double ones.
+    FastChat takes the first of several, and a number in single brackets if there is none in double ones.
     """
     found = {float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)}
     rating = found.pop() if len(found) == 1 else math.nan
@@ -63,18 +63,18 @@ def judge_answers(
     client: Any = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Ratings of answers (question, turn, answer): RATING_COLUMNS, a row a judgement, in the order of `answers`.
+    """Ratings of answers (question, turn, answer): RATING_COLUMNS, one row per judgement, in the order of `answers`.
 
-    A judgement without a rating is asked for once more; is there none again, `rating` is NaN and `problem` "no rating".
-    One that the server refuses (an answer too long for the judge, say) is NaN, too, `problem` giving the reason. Tokens
-    are those of all attempts, NaN where the server does not tell.
+    A judgement without a rating is requested once more; if it has none again, `rating` is NaN and `problem` is "no
+    rating". If the server refuses one (for instance, an answer too long for the judge), `rating` is NaN, too, and
+    `problem` has the reason. Tokens are those of all attempts, NaN if the server does not report them.
 
-    Every judgement is appended to the JSONL file `path` as it comes, under a hash of what the judge read, judge and
-    repeat, so that a run that was stopped asks only for those that it lacks; refused ones are asked for again, and
-    those on a damaged line of the file, with a warning.
+    Every judgement is appended to the JSONL file `path` as it comes, under a hash of prompt, judge and repeat, so that
+    an interrupted run requests only the missing ones; refused ones are requested again, and also those on a damaged
+    line of the file, with a warning.
 
-    Raises InputError for answers to unknown questions or without their first turn, where no judgement was given at all,
-    for a full disk, and as `open_judge` does (which gives the `client`) when the server fails for good.
+    Raises InputError for answers to unknown questions or without their first turn, if no judgement was given at all,
+    for a full disk, and as `open_judge` does (which returns the `client`) if the server fails permanently.
     """
     asked = _judgements(answers, bench, judge)
     kept = _Judgements(Path(path))
@@ -113,7 +113,7 @@ def _judgements(
     tasks = {task.id: task for task in bench.tasks}
     said = {(row.question, row.turn): row.answer for row in answers.itertuples()}
     if len(said) < len(answers):
-        raise InputError("answers: a question and turn is there more than once; pass the answers of one model")
+        raise InputError("answers: a question and turn occurs more than once; pass the answers of one model")
     decides = {"model": judge.model, "base_url": judge.base_url}
     decides |= {"temperature": judge.temperature and float(judge.temperature), "max_tokens": judge.max_tokens}
     asked = {}
@@ -133,7 +133,7 @@ def _judgements(
 
 
 def _judge_once(client: Any, judge: Judge, kept: "_Judgements", key: str, messages: list[dict[str, str]]) -> str | None:
-    """Asks for one judgement and keeps it; the reason where the server refuses it."""
+    """Requests one judgement and stores it; returns the reason if the server refuses it."""
     import openai
 
     options = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
@@ -158,7 +158,7 @@ def _judge_once(client: Any, judge: Judge, kept: "_Judgements", key: str, messag
 
 
 class _Judgements:
-    """One JSONL file, a line a judgement, appended whole as it comes."""
+    """One JSONL file, one line per judgement, each appended as it comes."""
 
     def __init__(self, path: Path) -> None:
         self.lock = Lock()

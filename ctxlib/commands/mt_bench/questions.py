@@ -20,7 +20,7 @@ PROMPT_NAMES = {  # by turns, and whether a reference is shown
 
 @dataclass(frozen=True)
 class Task:
-    """A question of two turns; `reference` holds the right answers to both where the judge is to see them."""
+    """A question of two turns; `reference` has the right answers to both if the judge is shown them."""
 
     id: str
     category: str

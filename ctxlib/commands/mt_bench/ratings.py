@@ -11,7 +11,7 @@ from ctxlib.metrics import bootstrap_interval
 def question_ratings(ratings: pd.DataFrame) -> pd.Series:
     """Rating of each question: the mean over its turns of the mean over the repeats.
 
-    NaN where a turn has no rating at all. Two models are compared with `metrics.paired_difference` of these.
+    NaN if a turn has no rating at all. Two models are compared with `metrics.paired_difference` of these.
     """
     by_turn = ratings.groupby(["question", "turn"], sort=False)["rating"].mean()
     return by_turn.groupby("question", sort=False).agg(lambda turns: turns.mean(skipna=False))
@@ -23,9 +23,9 @@ def summarise_ratings(
     """Mean rating over all questions, of each turn and of each category: group, name, value, ci_low, ci_high, n, ….
 
     The interval is a percentile bootstrap over the `n` questions that have a rating for every turn. `judgements` and
-    `without_rating` count what was asked for. `judge_variance` is the variance between repeated judgements of the same
+    `without_rating` are counts. `judge_variance` is the variance between repeated judgements of the same
     answer (unbiased, pooled over answers; NaN without repeats), and `judge_error` the standard error that it leaves in
-    `value`; the interval holds it already, since it is part of the spread between questions.
+    `value`; the interval already includes it, because it is part of the spread between questions.
     """
     groups = [("all", "all", ratings)]
     groups += [("turn", str(turn), part) for turn, part in ratings.groupby("turn", sort=True)]
@@ -58,7 +58,8 @@ def _judge_spread(part: pd.DataFrame) -> tuple[float, float]:
 def spent(ratings: pd.DataFrame, prices: tuple[int | float, int | float] | None = None) -> dict[str, int | float]:
     """judgements, attempts, without_rating, refused, prompt_tokens, completion_tokens, and, with `prices`, cost.
 
-    Prices are those of a million prompt and completion tokens; tokens and cost are NaN where the server did not tell.
+    Prices are those of a million prompt and completion tokens; tokens and cost are NaN if the server did not report
+    them.
     """
     tokens = [float(ratings[name].sum(skipna=False)) for name in ("prompt_tokens", "completion_tokens")]
     counts = {
