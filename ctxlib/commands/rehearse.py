@@ -78,7 +78,7 @@ def prepare(
     like = {which: "pretrained" if which in trained else which for which in MODEL_ROLES}
     instead = {f"models.{which}": full.models.pretrained for which in trained}
     load_params(params_file, overrides | instead).check_inputs()
-    embedded = {which for which in MODEL_ROLES if getattr(full.models, which).startswith(f"{experiment.EMBEDDED}:")}
+    embedded = {which for which in MODEL_ROLES if full.locate(getattr(full.models, which)) == "embedded"}
     made = [which for which in MODEL_ROLES if which not in embedded | (trained & {"instruct"})]
     configs = {which: find_model(full, like[which]).network.config for which in MODEL_ROLES}
     small_configs = configs | {which: shrunk(configs[which], width, layers) for which in made}

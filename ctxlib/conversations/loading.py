@@ -12,7 +12,7 @@ import pandas as pd
 
 from ctxlib.conversations.types import Conversation, Corpus, Message, no_rows
 from ctxlib.files import AGAIN, check_is_itself, hub_remedy, one_line, read_json, replacing
-from ctxlib.params import InputError
+from ctxlib.params import InputError, locate, nowhere
 
 FORMATS = {"messages": "messages", "sharegpt": "conversations", "instruction": "instruction"}  # the key that tells it
 SPEAKERS = {
@@ -138,18 +138,18 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
 
 
 def is_hub_dataset(source: str | Path) -> bool:
-    """True for `owner/name` where no file or folder of that name is here, and the name is not a data file's."""
-    text = str(source)
-    elsewhere = isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    return elsewhere and not text.endswith("/") and Path(text).suffix not in _READERS and not Path(text).exists()
+    """True for a dataset on the hub, see `locate`."""
+    return locate(source) == "hub"
 
 
 def data_files(source: str | Path) -> list[Path]:
     """The files that `load_conversations` reads, in its order: the file itself, or the data files of a folder.
 
-    Raises InputError where there are none.
+    Raises InputError if there are none.
     """
     path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(nowhere(source))
     kinds = ", ".join(_READERS)
     if path.is_dir():
         files = sorted(inner for inner in path.iterdir() if inner.suffix in _READERS and inner.is_file())
@@ -157,9 +157,7 @@ def data_files(source: str | Path) -> list[Path]:
             raise InputError(f"{source}: no data file in this folder (looked for {kinds})")
         return files
     if path.suffix not in _READERS:
-        raise InputError(
-            f"{source}: expected a .json, .jsonl or .parquet file, a folder of them, or a hub's owner/name"
-        )
+        raise InputError(f"{source}: expected a .json, .jsonl or .parquet file, a folder of them, or a hub id")
     return [path]
 
 

@@ -141,7 +141,7 @@ class Params(Section):
             return f"it is trained here: first run 02 and 03 by themselves, with --set {key}={self.models.pretrained}"
         supplied = {
             "needle.haystack": "put a folder of .txt there",
-            "qa.sources": "put an official JSON file of SQuAD, QuAC or DROP there",
+            "qa.sources": "put an official JSON file of SQuAD, QuAC or DROP there, or give a hub id",
         }
         what = supplied.get(key.split("[")[0])
         return f"{what}, or correct the path" if what else "correct the path"
