@@ -19,17 +19,13 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from ctxlib.files import disk_space, file_digest, write
-from ctxlib.params import InputError, Params, load_params
+from ctxlib.params import InputError, NotebookError, Params, load_params
 from ctxlib.results import code_version, gather_claims, gather_evidence, short_path, to_json
 
 MEMORY_ADVICE = (
-    "where memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
-    "conversations.max_length; what is finished is not done again"
+    "if memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
+    "conversations.max_length; finished work is not repeated"
 )
-
-
-class NotebookError(RuntimeError):
-    """A notebook failed for a reason other than bad input. The command line exits with 1."""
 
 
 def run_notebook(
@@ -91,7 +87,7 @@ def run_notebook(
             running.replace(failed)
         _remove_empty(params.output_dir, made)
         if isinstance(error, DeadKernelError):
-            ended = "its Python was ended from outside, mostly because memory ran out"
+            ended = "the kernel died, most likely out of memory"
             raise NotebookError(f"{notebook}: {ended}; {MEMORY_ADVICE}; see {failed}") from None
         raise
     running.unlink()
@@ -132,7 +128,10 @@ def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float)
     peak_memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
     name = notebook.stem
     journal = _read_json(params.output_dir / "work" / "journal" / f"{name}.json")
-    inputs = {short_path(params, path): file_digest(path) for path in (notebook, params.root / params.file)}
+    inputs = {
+        short_path(params, path): file_digest(path)
+        for path in (notebook, *(params.root / file for file in params.files))
+    }
     inputs |= journal.get("inputs", {})
     outputs = {short_path(params, out_path): file_digest(out_path)} | journal.get("outputs", {})
     entry = {

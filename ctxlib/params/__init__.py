@@ -4,6 +4,7 @@ from ctxlib.params.errors import InputError, NotebookError
 from ctxlib.params.loading import (
     MODEL_ROLES,
     RENAMED,
+    RENAMED_VALUES,
     TRAINED_MODELS,
     Params,
     known_keys,
@@ -43,6 +44,7 @@ __all__ = [
     "EMBEDDED",
     "MODEL_ROLES",
     "RENAMED",
+    "RENAMED_VALUES",
     "TRAINED_MODELS",
     "Allocation",
     "Bootstrap",
