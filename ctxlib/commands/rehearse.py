@@ -204,10 +204,8 @@ def _median_score(params: Params) -> float:
         experiment.model(params, "seed_model"),
         experiment.tokenizer(params, "seed_model"),
         experiment.conversations(params),
-        variant=section.variant,
-        head_reduction=section.head_reduction,
+        section,
         max_length=params.conversations.max_length,
-        token_budget=section.token_budget,
         shard_dir=params.output_dir / "work" / "scores",
         progress=False,
     )

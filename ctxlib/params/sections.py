@@ -32,7 +32,7 @@ class Loading(Section):
     """How a model is loaded, whichever it is."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the weights.")
-    quantisation: Literal["nf4"] | None = Field(None, description="4-bit weights; not for full fine-tuning.")
+    quantisation: Literal["nf4"] | None = Field(None, description="4-bit weights.")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="eager: for models without sdpa, such as Gemma 2.")
     chat_template: str | None = Field(None, description="A .jinja file; by default the tokenizer's own.")
     revision: str | None = Field(None, description="Commit, tag or branch on the hub; by default the newest.")
@@ -120,7 +120,7 @@ class Finetune(Section):
     steps: Count | None = Field(None, description="Instead of epochs.")
     epochs: Positive | None = Field(1.0, description="Passes over the data; unset if steps are given.")
     batch_size: Count = Field(2, description="Conversations per batch and process.")
-    gradient_accumulation: Count = Field(1, description="Batches per step.")
+    gradient_accumulation: Count = Field(8, description="Batches per step.")
     learning_rate: Positive = Field(2e-4, description="Peak of the schedule.")
     warmup_fraction: Fraction = Field(0.1, description="Fraction of the steps over which the rate rises.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="After the warm-up.")
