@@ -28,9 +28,10 @@ from scoring import make_corpus
 from side_by_side import arguments, measured, model_mib, random_llama, report
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from ctxlib.finetune import Example, add_lora, collate, make_trainer, train, training_examples, training_order
+from ctxlib.finetune import TrainingExample, add_lora, collate, make_trainer, train, training_examples, training_order
 from ctxlib.miniature import MODELS
 from ctxlib.models import load_tokenizer
+from ctxlib.params import Finetune
 
 WAYS = ("ours", "trl", "packed")
 MEAN_TOKENS, TURNS = 256, 2
@@ -101,13 +102,17 @@ def measure(way: str, method: str, options: argparse.Namespace) -> dict[str, flo
         trainer = make_trainer(
             model,
             rows,
+            Finetune(
+                batch_size=options.batch_size,
+                gradient_accumulation=1,
+                packing=way == "packed",
+                gradient_checkpointing=False,
+                save_every=10**6,
+            ),
             work_dir=Path(folder),
             pad_id=tokenizer.pad_token_id,
             steps=options.steps + 1,
-            batch_size=options.batch_size,
-            packing=way == "packed",
-            gradient_checkpointing=False,
-            save_every=10**6,
+            seed=42,
         )
         trainer.args.save_strategy = "no"
         if way == "trl":
@@ -121,7 +126,7 @@ def measure(way: str, method: str, options: argparse.Namespace) -> dict[str, flo
     return {"tokens_per_s": speeds.median().item(), "memory_mib": memory, "loss": loss}
 
 
-def trl_trainer(ours: TrainingArguments, model, rows: list[Example], tokenizer):
+def trl_trainer(ours: TrainingArguments, model, rows: list[TrainingExample], tokenizer):
     """TRL's trainer with our arguments; the labels, the batches and their padding are given to it."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -132,7 +137,7 @@ def trl_trainer(ours: TrainingArguments, model, rows: list[Example], tokenizer):
 
     def padded(features):
         return collate(
-            [Example(**{k: torch.tensor(v) for k, v in f.items()}) for f in features], tokenizer.pad_token_id
+            [TrainingExample(**{k: torch.tensor(v) for k, v in f.items()}) for f in features], tokenizer.pad_token_id
         )
 
     trainer = SFTTrainer(

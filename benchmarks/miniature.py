@@ -29,7 +29,7 @@ from ctxlib.finetune import add_lora, make_trainer, train, training_examples, tr
 from ctxlib.miniature.pretrain import Recipe, batches, build_model, supervised_loss
 from ctxlib.miniature.town import Town
 from ctxlib.models import load_model
-from ctxlib.params import Params, load_params
+from ctxlib.params import Finetune, Params, load_params
 
 PARAMS = Path(__file__).resolve().parents[1] / "params" / "evidence.yaml"
 METHODS = ("lora", "qlora", "full")
@@ -98,13 +98,17 @@ def fine_tuning(params: Params, steps: int) -> dict[str, object]:
         trainer = make_trainer(
             model,
             [examples[row] for row in order],
+            Finetune(
+                batch_size=settings.batch_size,
+                gradient_accumulation=1,
+                learning_rate=1e-4,
+                packing=settings.packing,
+                save_every=10**6,
+            ),
             work_dir=Path(folder),
             pad_id=tokenizer.pad_token_id,
             steps=len(examples) // settings.batch_size,
-            batch_size=settings.batch_size,
-            learning_rate=1e-4,
-            packing=settings.packing,
-            save_every=10**6,
+            seed=42,
         )
         trainer.args.save_strategy = "no"
         trainer.add_callback(clock)

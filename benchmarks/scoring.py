@@ -25,6 +25,7 @@ from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.miniature import MODELS
 from ctxlib.models import load_tokenizer
 from ctxlib.paper import paper_layer
+from ctxlib.params import Scoring
 from ctxlib.roles import Role, role_map
 from ctxlib.scoring import answered_turns, score_corpus
 
@@ -138,7 +139,7 @@ class Ways:
 
     def ours(self, corpus: Corpus) -> pd.DataFrame:
         options = {"layers": [self.layer], "max_length": MAX_LENGTH, "seed_model": "random", "progress": False}
-        return score_corpus(self.model, self.tokenizer, corpus, **options)
+        return score_corpus(self.model, self.tokenizer, corpus, Scoring(), **options)
 
     @torch.inference_mode()
     def limit(self, corpus: Corpus) -> None:

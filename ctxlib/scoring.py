@@ -2,9 +2,9 @@ r"""Context-dependency scores: how much of an answer's attention goes to what th
 
 $$s_M(Y_m) = \frac{1}{|Y_m|} \sum_{y \in Y_m} \max_{h} \sum_{x \in X_1 \cup \dots \cup X_m} \mathrm{Att}_h(y, x)$$
 
-Two variants. `standard` is the formula as it stands: every user token is a key, the answer is its content.
-`authors_code` is what the authors' script computes: the text of a system message counts as the user's, tokens that are
-only newlines or special do not, the answer includes the end-of-sequence and newline tokens that close it, and
+Two variants. `standard` is the formula as printed: every user token is a key, the answer is its content.
+`authors_code` computes the same as the authors' script: the text of a system message counts as the user's, tokens that
+are only newlines or special do not, the answer includes the end-of-sequence and newline tokens that close it, and
 conversations end at 2047 tokens. In both, an answer that does not fit into the length is counted and not scored.
 
 Reference: Wang et al. 2024, section 3.1; official script `process_dataset.py`.
@@ -32,12 +32,12 @@ from ctxlib.attention import record_allocation
 from ctxlib.conversations import Conversation, Corpus
 from ctxlib.files import digest, one_line, replacing, write
 from ctxlib.models import memory_advice
-from ctxlib.params import InputError, Variant
+from ctxlib.params import InputError, Scoring, Variant
 from ctxlib.roles import Role, RoleMap, pad_batch, role_map
 
 HeadReduction = Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
 AUTHORS_MAX_LENGTH = 2047
-COLUMNS = {
+SCORE_COLUMNS = {
     "conversation": "str",
     "turn": "int64",
     "layer": "int64",
@@ -55,12 +55,10 @@ def score_corpus(
     model,
     tokenizer,
     corpus: Corpus,
+    settings: Scoring,
     *,
     layers: Literal["all"] | Sequence[int] = "all",
-    variant: Variant = "standard",
-    head_reduction: HeadReduction = "max_then_mean",
     max_length: int | None = None,
-    token_budget: int | None = None,
     shard_dir: str | Path | None = None,
     shard: tuple[int, int] = (0, 1),
     conversations_per_part: int = 256,
@@ -68,31 +66,32 @@ def score_corpus(
     weights: str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Score every answered turn of a corpus; one row a turn and layer, in the corpus's order.
+    """Score every answered turn of a corpus; one row per turn and layer, in the corpus's order.
 
     Columns: conversation, turn (from 1), layer (from 0), score in [0, 1], user_tokens (of this turn's user message),
     answer_tokens, context_tokens (all tokens before the answer), variant, seed_model. Turns that could not be scored
     have no row; `frame.attrs["skipped"]` counts them by reason.
 
-    max_length: how many tokens of a conversation are looked at; by default the model's positions ("authors_code":
-    2047). token_budget: tokens of one batch, padding included; a longer conversation makes a batch of its own. By
-    default
-        8192, on a CPU 512: there long conversations are faster, and take less memory, one at a time.
-    shard_dir: where parts are kept, under a hash of model, template, layers, variant, reduction and data. Finished
-        parts are read, not scored again: a call that was killed goes on where it stopped and ends with the same frame.
+    settings: the section `scoring` of the parameters, of which `variant`, `head_reduction` and `token_budget` are used.
+        The budget is the number of tokens in one batch, padding included; a longer conversation makes a batch of its
+        own. Its default is 8192, on a CPU 512: there, long conversations are faster one at a time, and take less
+        memory.
+    max_length: tokens of a conversation that are read; by default the model's positions ("authors_code": 2047).
+    shard_dir: folder for finished parts, under a hash of model, template, layers, variant, reduction and data. Finished
+        parts are read instead of scored: an interrupted call resumes and ends with the same frame.
     shard: (i, n) takes every n-th part from the i-th on; when all n are done, a call without it reads them all.
     seed_model: the model's name in the frame; by default the hash of its weights.
-    weights: that hash (`weights_hash`), where it was taken already.
+    weights: that hash (`weights_hash`), if it is already known.
 
     Raises InputError for an empty corpus, repeated conversation ids, a layer that does not exist or has no attention,
-    when no turn could be scored, and for a score that is not a number and a memory or disk that is full: what was
-    scored before stays.
+    if no turn could be scored, and for a score that is not a number and a memory or disk that is full; finished parts
+    are kept.
     Reference: Wang et al. 2024, section 3.1.
     """
     config = model.config.get_text_config()
     layers = checked_layers(layers, config.num_hidden_layers)
-    max_length = checked_length(max_length, config.max_position_embeddings, variant)
-    token_budget = token_budget or (512 if model.device.type == "cpu" else 8192)
+    max_length = checked_length(max_length, config.max_position_embeddings, settings.variant)
+    token_budget = settings.token_budget or (512 if model.device.type == "cpu" else 8192)
     index, shards = shard
     if not 0 <= index < shards:
         raise InputError(f"shard {index}/{shards}: the first number must be at least 0 and less than the second")
@@ -103,17 +102,18 @@ def score_corpus(
         repeated = next(id for id in ids if ids.count(id) > 1)
         raise InputError(f"{corpus.source}: conversation id {repeated!r} occurs more than once; ids must be unique")
 
-    settings = {"layers": layers, "variant": variant, "head_reduction": head_reduction, "max_length": max_length}
+    made_by = {"layers": layers, "max_length": max_length}
+    made_by |= {"variant": settings.variant, "head_reduction": settings.head_reduction}
     if weights is None and (shard_dir is not None or seed_model is None):
         weights = weights_hash(model)
     seed_model = seed_model or weights
     folder = None
     if shard_dir is not None:
-        settings |= {"weights": weights, "seed_model": seed_model, "dtype": str(model.dtype)}
-        settings |= {"template": _template_hash(tokenizer), "data": corpus_hash(corpus)}
-        settings |= {"conversations_per_part": conversations_per_part}
-        folder = Path(shard_dir) / digest(settings)
-        write(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+        made_by |= {"weights": weights, "seed_model": seed_model, "dtype": str(model.dtype)}
+        made_by |= {"template": _template_hash(tokenizer), "data": corpus_hash(corpus)}
+        made_by |= {"conversations_per_part": conversations_per_part}
+        folder = Path(shard_dir) / digest(made_by)
+        write(folder / "settings.json", json.dumps(made_by, indent=1) + "\n")
 
     starts = range(0, len(ids), conversations_per_part)
     chosen = [(i, corpus.conversations[s : s + conversations_per_part]) for i, s in enumerate(starts)][index::shards]
@@ -127,20 +127,22 @@ def score_corpus(
                 parts.append(part)
                 bar.update(len(conversations))
                 continue
-            examples = [_encode(tokenizer, conversation, variant, max_length) for conversation in conversations]
+            examples = [
+                _encode(tokenizer, conversation, settings.variant, max_length) for conversation in conversations
+            ]
             bar.update(sum(not example.answers for example in examples))
             scores = {}
             for batch in length_buckets([example for example in examples if example.answers], token_budget):
                 with memory_advice(_FEWER if len(batch) > 1 else _SHORTER, folder):
-                    scores |= _score_batch(model, tokenizer, batch, layers, head_reduction)
+                    scores |= _score_batch(model, tokenizer, batch, layers, settings.head_reduction)
                 bar.scored(len(batch), tokens=sum(len(example.map) for example in batch))
             rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
-            parts.append(_frame(rows, variant, seed_model))
+            parts.append(_frame(rows, settings.variant, seed_model))
             if file:
                 with replacing(file) as beside:
                     parts[-1].to_parquet(beside)
 
-    frame = pd.concat(parts, ignore_index=True) if parts else _frame([], variant, seed_model)
+    frame = pd.concat(parts, ignore_index=True) if parts else _frame([], settings.variant, seed_model)
     scored = frame[frame["skipped"] == ""].drop(columns="skipped").reset_index(drop=True)
     skipped = frame["skipped"][frame["skipped"] != ""].value_counts().to_dict()
     if chosen and scored.empty:
@@ -151,7 +153,7 @@ def score_corpus(
 
 
 def at_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
-    """The rows of one layer; InputError where it was not scored."""
+    """The rows of one layer; InputError if it was not scored."""
     chosen = frame[frame["layer"] == layer]
     if chosen.empty:
         layers = sorted(frame["layer"].unique().tolist())
@@ -160,10 +162,11 @@ def at_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
 
 
 def reduce_heads(user_attention: Float[Tensor, "layer head row"], how: HeadReduction) -> Float[Tensor, " layer"]:
-    """One number a layer, in [0, 1], from the attention that each answer token (row) pays to the user's tokens.
+    """One number per layer, in [0, 1], from the attention of each answer token (row) to the user's tokens.
 
     `max_then_mean` takes the best head for every token (the released scores), `mean_then_max` one head for the whole
-    answer (a reading of the paper's appendix B.3), `mean` all heads alike, `first_token` the best head of that token.
+    answer (as the paper's appendix B.3 can be understood), `mean` averages all heads, `first_token` takes the best head
+    of the answer's first token.
     """
     if how == "max_then_mean":
         return user_attention.amax(dim=1).mean(dim=-1)
@@ -177,8 +180,8 @@ def reduce_heads(user_attention: Float[Tensor, "layer head row"], how: HeadReduc
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Where one turn's answer lies in its conversation: `rows` are the query positions that the score averages over."""
+class AnswerSpan:
+    """The place of one turn's answer in its conversation; the score averages over the query positions `rows`."""
 
     turn: int
     rows: Int[Tensor, " row"]
@@ -188,15 +191,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Example:
+class EncodedConversation:
     """A conversation ready to be scored: its map ends with the last answer that fits, `skipped` gives reasons by turn.
 
-    The map is None where the chat template cannot express the conversation.
+    The map is None if the chat template cannot express the conversation.
     """
 
     id: str
     map: RoleMap | None
-    answers: list[Answer]
+    answers: list[AnswerSpan]
     skipped: dict[int, str]
 
 
@@ -210,9 +213,9 @@ def answered_turns(conversation: Conversation) -> list[tuple[int, int, int]]:
     return found
 
 
-def length_buckets(examples: Sequence[Example], token_budget: int) -> Iterator[list[Example]]:
+def length_buckets(examples: Sequence[EncodedConversation], token_budget: int) -> Iterator[list[EncodedConversation]]:
     """Batches of similar length, the longest first, of at most token_budget tokens with padding, or of one example."""
-    batch: list[Example] = []
+    batch: list[EncodedConversation] = []
     for example in sorted(examples, key=lambda example: -len(example.map)):
         if batch and len(batch[0].map) * (len(batch) + 1) > token_budget:
             yield batch
@@ -223,7 +226,7 @@ def length_buckets(examples: Sequence[Example], token_budget: int) -> Iterator[l
 
 
 def weights_hash(model) -> str:
-    """12 hex digits of sha256 over the names and bytes of all weights (about a second a gigabyte)."""
+    """12 hex digits of sha256 over the names and bytes of all weights (about one second per gigabyte)."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -232,7 +235,7 @@ def weights_hash(model) -> str:
 
 
 class _Progress(tqdm):
-    """A bar of conversations that says how many tokens a second are scored."""
+    """A progress bar over conversations that also shows the tokens scored per second."""
 
     def __init__(self, total: int, disable: bool):
         super().__init__(total=total, disable=disable, desc="scoring", unit=" conversations")
@@ -244,12 +247,12 @@ class _Progress(tqdm):
         self.update(conversations)
 
 
-def _encode(tokenizer, conversation: Conversation, variant: Variant, max_length: int) -> Example:
+def _encode(tokenizer, conversation: Conversation, variant: Variant, max_length: int) -> EncodedConversation:
     turns = [turn for turn, _, _ in answered_turns(conversation)]
     try:
         role_of = role_map(tokenizer, conversation.messages)
     except InputError as error:
-        return Example(conversation.id, None, [], dict.fromkeys(turns, str(error)))
+        return EncodedConversation(conversation.id, None, [], dict.fromkeys(turns, str(error)))
     closing = torch.zeros_like(role_of.ids, dtype=torch.bool)
     if variant == "authors_code":
         role_of, closing = _as_the_authors_code(role_of, tokenizer)
@@ -266,14 +269,23 @@ def _encode(tokenizer, conversation: Conversation, variant: Variant, max_length:
                 end += 1
             rows = torch.cat([content, torch.arange(int(content[-1]) + 1, end)])
             user_tokens = int(((role_of.roles == Role.USER) & (role_of.turns == turn)).sum())
-            answers.append(Answer(turn, rows, user_tokens, len(content), int(content[0])))
+            answers.append(AnswerSpan(turn, rows, user_tokens, len(content), int(content[0])))
     if answers:
         role_of = role_of.truncate(int(answers[-1].rows[-1]) + 1)
-    return Example(conversation.id, role_of, answers, skipped)
+    return EncodedConversation(conversation.id, role_of, answers, skipped)
 
 
 def _as_the_authors_code(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
-    """The map with the user's tokens as the official script counts them, and which tokens may close an answer."""
+    """The map with the user's tokens as the official script counts them, and which tokens may close an answer.
+
+    token     <s>  Be  brief  <|user|>  Hi  \\n\\n  </s>  It  is  0  </s>  \\n
+    role      b    s   s      t         u   u     t     a   a   a  t     t
+    becomes   b    u   u      t         u   t     t     a   a   a  t     t      system is user, newlines are not
+    closing   .    .   .      .         .   .     x     .   .   .  x     x      extends the answer if it follows it
+    """
+    # Two changes, made on the roles so that the rest of the scoring is the same for both variants: which keys count as
+    # the user's, and which template tokens may close an answer. Only closing tokens directly behind an answer extend it
+    # (`_encode`); the others have no effect.
     newline = torch.tensor([_is_newlines(tokenizer, token_id) for token_id in role_of.ids.tolist()])
     special = torch.isin(role_of.ids, torch.tensor(tokenizer.all_special_ids))
     roles = role_of.roles.clone()
@@ -304,7 +316,7 @@ _SHORTER = "conversations.max_length down (ctxlib score: --max-length), it was a
 
 
 def _check_attention(model, layers: list[int]) -> None:
-    """Raises InputError for layers whose attention cannot be recorded, which two tokens tell as well as a batch."""
+    """Raises InputError for layers whose attention cannot be recorded; two tokens are enough to find out."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     with (
         torch.inference_mode(),
@@ -315,7 +327,7 @@ def _check_attention(model, layers: list[int]) -> None:
 
 
 def _score_batch(
-    model, tokenizer, batch: list[Example], layers: list[int], head_reduction: HeadReduction
+    model, tokenizer, batch: list[EncodedConversation], layers: list[int], head_reduction: HeadReduction
 ) -> dict[str, list[list[float]]]:
     """Scores by conversation, answer and layer. Padding is on the right, where a causal model needs no mask for it."""
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
@@ -335,8 +347,8 @@ def _score_batch(
     return scores
 
 
-def _rows(example: Example, scores: list[list[float]], layers: list[int]) -> list[dict]:
-    """One row a turn and layer; a turn that was skipped has a single one, without score and layer, with the reason."""
+def _rows(example: EncodedConversation, scores: list[list[float]], layers: list[int]) -> list[dict]:
+    """One row per turn and layer; a skipped turn has a single row, without score and layer, with the reason."""
     nothing = {"layer": -1, "score": math.nan, "user_tokens": 0, "answer_tokens": 0, "context_tokens": 0}
     rows = [{**nothing, "turn": turn, "skipped": reason} for turn, reason in example.skipped.items()]
     for answer, by_layer in zip(example.answers, scores, strict=True):
@@ -350,7 +362,11 @@ def _rows(example: Example, scores: list[list[float]], layers: list[int]) -> lis
 
 
 def _frame(rows: list[dict], variant: Variant, seed_model: str) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(COLUMNS)).assign(variant=variant, seed_model=seed_model).astype(COLUMNS)
+    return (
+        pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+        .assign(variant=variant, seed_model=seed_model)
+        .astype(SCORE_COLUMNS)
+    )
 
 
 def checked_layers(layers: Literal["all"] | Sequence[int], depth: int, model: str = "the model") -> list[int]:
@@ -365,7 +381,7 @@ def checked_layers(layers: Literal["all"] | Sequence[int], depth: int, model: st
 
 
 def checked_length(max_length: int | None, positions: int, variant: Variant) -> int:
-    """How many tokens of a conversation are looked at: `positions` at most, with None all ("authors_code": 2047)."""
+    """Tokens of a conversation that are read: `positions` at most, with None all ("authors_code": 2047)."""
     if variant not in ("standard", "authors_code"):
         raise InputError(f"variant {variant!r}: choose standard or authors_code")
     return min(positions, max_length or (AUTHORS_MAX_LENGTH if variant == "authors_code" else positions))

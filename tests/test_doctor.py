@@ -44,7 +44,7 @@ from ctxlib.commands.doctor.layer import Answer, answer_attention, rank_correlat
 from ctxlib.commands.doctor.talk import TALK, with_odd_text
 from ctxlib.conversations import Corpus, Message, load_conversations
 from ctxlib.paper import paper_layer
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Scoring
 from ctxlib.roles import RoleMap, role_map
 from ctxlib.scoring import score_corpus
 
@@ -434,7 +434,7 @@ def test_the_built_in_conversations_differ_in_their_questions_only():
 def test_scores_are_those_of_a_scored_corpus(model, tokenizer):
     corpus = few(6)
     answers = answer_attention(model, tokenizer, corpus)
-    frame = score_corpus(model, tokenizer, corpus, progress=False)
+    frame = score_corpus(model, tokenizer, corpus, Scoring(), progress=False)
     expected = frame["score"].to_numpy().reshape(6, 2)  # a row a turn and layer
     found = torch.stack([answer.to_user.amax(1).mean(-1) for answer in answers]).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)

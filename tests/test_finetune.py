@@ -1,5 +1,6 @@
 """Claims about `ctxlib.finetune`."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,16 +14,17 @@ import pandas as pd
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from transformers import trainer as trainer_module
 
 from ctxlib.commands import cli
 from ctxlib.conversations import Corpus, save_conversations
-from ctxlib.finetune import add_lora, export_merged, finetune, make_trainer, training_examples
+from ctxlib.finetune import add_lora, export_merged, make_trainer, training_examples
 from ctxlib.finetune import training as finetune_module
 from ctxlib.models import load_model, load_tokenizer, set_indicator_row
-from ctxlib.params import InputError
+from ctxlib.params import Finetune, InputError
 
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -31,6 +33,13 @@ IDS = torch.tensor([[1, 40, 41, 42, 43, 44]])
 QUICK = {
     "steps": 20, "batch_size": 3, "learning_rate": 1e-2, "lora_rank": 4, "save_every": 10, "progress": False
 }  # fmt: skip
+
+
+def finetune(model_path, tokenizer, conversations, **options):
+    """`ctxlib.finetune.finetune` with its settings by name; a step takes one batch unless they say otherwise."""
+    given = {name: options.pop(name) for name in list(options) if name in Finetune.model_fields}
+    settings = Finetune(**{"epochs": None, "gradient_accumulation": 1} | given)
+    return finetune_module.finetune(model_path, tokenizer, conversations, settings, **options)
 
 
 def logits(model):
@@ -356,10 +365,6 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         ({"conversations": []}, "no conversation to train on"),
         ({"conversations": [conversation("only a question")]}, r"no supervised token \(give assistant messages"),
         ({"indicator": "A"}, "in the vocabulary"),
-        ({"method": "dora"}, "expected one of full, lora, qlora"),
-        ({"variant": "free"}, "expected one of standard, authors_code"),
-        ({"epochs": 1}, "exactly one of steps and epochs"),
-        ({"batch_size": 0}, "expected a positive number"),
         ({"freeze_indicator": True}, "freeze_indicator needs an indicator"),
         ({"freeze_indicator": True, "indicator": "[IND]", "method": "full"}, "'full' trains every row"),
         ({"out_dir": tmp_path / "other"}, "holds something else"),
@@ -371,6 +376,33 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
         with pytest.raises(InputError, match=message):
             finetune(**arguments)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_settings_that_make_no_sense_are_never_made():
+    for settings, message in (
+        ({"method": "dora"}, "'full', 'lora' or 'qlora'"),
+        ({"variant": "free"}, "'standard' or 'authors_code'"),
+        ({"steps": 1, "epochs": 1}, "exactly one of 'steps' and 'epochs'"),
+        ({"batch_size": 0}, "greater than or equal to 1"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Finetune(**settings)
+
+
+def test_what_another_version_recorded_is_trained_over_or_refused_in_one_line(
+    model_folder, tokenizer, conversations, tmp_path
+):
+    quick = {"out_dir": tmp_path / "out", **QUICK, "steps": 1}
+    first = finetune(model_folder, tokenizer, conversations, **quick)
+    record = tmp_path / "out" / "finetune.json"
+    ours = json.loads(record.read_text())
+    for content in ([], {}, {"config_hash": ours["config_hash"]}):
+        record.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"^\S+/out: holds something else than a fine-tuned model; [^\n]+$"):
+            finetune(model_folder, tokenizer, conversations, **quick)
+    record.write_text(json.dumps({"config_hash": "0123456789ab"}))
+    assert finetune(model_folder, tokenizer, conversations, **quick).equals(first)
+    assert json.loads(record.read_text()) == ours
 
 
 def test_checkpointing_and_packing_change_nothing_but_the_rounding(model_folder, tokenizer, conversations, tmp_path):
@@ -421,7 +453,7 @@ def test_a_merged_export_computes_what_the_adapter_does(model, tokenizer, conver
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_with_cuda_the_optimiser_is_paged_and_the_arithmetic_bfloat16(model, tokenizer, conversations, tmp_path):
     examples, _ = training_examples(tokenizer, conversations)
-    arguments = make_trainer(model.cuda(), examples, work_dir=tmp_path, pad_id=0, steps=1, batch_size=2).args
+    arguments = make_trainer(model.cuda(), examples, Finetune(), work_dir=tmp_path, pad_id=0, steps=1, seed=0).args
     assert arguments.optim == "paged_adamw_32bit" and arguments.bf16 and arguments.activation_checkpointing
 
 

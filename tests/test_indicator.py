@@ -18,7 +18,7 @@ from ctxlib.indicator import (
     threshold_for_fraction,
     turn_table,
 )
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, role_map
 from ctxlib.scoring import score_corpus
 
@@ -86,7 +86,7 @@ def test_the_turn_table_says_where_nothing_is_known():
 
 
 def test_the_turn_table_has_the_rows_of_the_scores(model, tokenizer, corpus):
-    scores = score_corpus(model, tokenizer, corpus, layers=[1], progress=False)
+    scores = score_corpus(model, tokenizer, corpus, Scoring(), layers=[1], progress=False)
     assert scores[["conversation", "turn"]].equals(turn_table(corpus)[["conversation", "turn"]])
 
 

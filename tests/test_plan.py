@@ -20,7 +20,7 @@ from ctxlib.commands.plan.memory import footprints, replaced
 from ctxlib.commands.plan.network import KNOWN, as_config, count, training_memory
 from ctxlib.commands.plan.questions import MT_BENCH, frame, needle_contexts
 from ctxlib.commands.plan.steps import padding
-from ctxlib.finetune import Example, add_lora, collate, pack, training_order
+from ctxlib.finetune import TrainingExample, add_lora, collate, pack, training_order
 from ctxlib.finetune.adapters import frozen_rows
 from ctxlib.models import load_model, set_indicator_row
 from ctxlib.params import InputError, load_params
@@ -201,7 +201,7 @@ def test_a_packed_batch_has_a_mask_of_its_whole_row_squared(model):
         lambda module, arguments, named: masks.append(named["attention_mask"]), with_kwargs=True
     )
     lengths = (12, 20)
-    examples = [Example(*(torch.ones(n, dtype=torch.long) for _ in range(3))) for n in lengths]
+    examples = [TrainingExample(*(torch.ones(n, dtype=torch.long) for _ in range(3))) for n in lengths]
     padded = collate(examples, pad_id=0)
     model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])
     packed = pack(examples)
@@ -218,7 +218,7 @@ def test_padding_is_that_of_the_batches_that_training_makes():
     lengths = [round(rng.expovariate(1 / 300)) + 1 for _ in range(200)]
     for grouped in (False, True):
         changed = section.model_copy(update={"batch_size": 4, "gradient_accumulation": 8, "group_by_length": grouped})
-        corpus = [Example(*(torch.ones(n, dtype=torch.long) for _ in range(3))) for n in lengths * 20]
+        corpus = [TrainingExample(*(torch.ones(n, dtype=torch.long) for _ in range(3))) for n in lengths * 20]
         order = training_order([len(e.input_ids) for e in corpus], 32, len(corpus), 5, grouped)
         batches = [collate([corpus[row] for row in order[i : i + 4]], pad_id=0) for i in range(0, len(order), 4)]
         read = sum(len(example.input_ids) for example in corpus)

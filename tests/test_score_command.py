@@ -33,7 +33,7 @@ from ctxlib.conversations import load_conversations
 from ctxlib.files import file_digest
 from ctxlib.miniature import MODELS
 from ctxlib.models import load_model, load_tokenizer
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Scoring
 from ctxlib.scoring import answered_turns, score_corpus
 
 DEPTH = 3
@@ -108,7 +108,7 @@ def test_the_folder_holds_the_scores_of_score_corpus_and_tells_how_they_were_mad
     assert status == 0 and "5/5" in bar and "tokens/s" in bar and "scored 7 of 7 turns" in said
 
     model, tokenizer, corpus = load_model(seed_model), load_tokenizer(seed_model), load_conversations(data)
-    expected = score_corpus(model, tokenizer, corpus, variant="authors_code", max_length=200, progress=False)
+    expected = score_corpus(model, tokenizer, corpus, Scoring(variant="authors_code"), max_length=200, progress=False)
     frame, _, manifest = read_scores(tmp_path / "scores")
     pd.testing.assert_frame_equal(frame, expected, check_exact=True)
     last = expected.groupby("conversation")[["context_tokens", "answer_tokens"]].max().to_numpy().sum()

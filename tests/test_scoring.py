@@ -10,9 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.metrics import layer_agreement, score_agreement
-from ctxlib.params import InputError
+from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, length_buckets, reduce_heads, score_corpus
+from ctxlib.scoring import answered_turns, length_buckets, reduce_heads
+
+
+def score_corpus(model, tokenizer, corpus, **options):
+    """`scoring.score_corpus` with its settings by name."""
+    settings = Scoring(**{name: options.pop(name) for name in list(options) if name in Scoring.model_fields})
+    return scoring.score_corpus(model, tokenizer, corpus, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +323,7 @@ def test_a_score_that_is_not_a_number_names_its_turn_and_keeps_finished_parts(mo
 def test_buckets_keep_the_token_budget_and_lose_nobody():
     def example(n):
         zeros = torch.zeros(n, dtype=torch.long)
-        return scoring.Example(str(n), RoleMap(zeros, zeros, zeros), [], {})
+        return scoring.EncodedConversation(str(n), RoleMap(zeros, zeros, zeros), [], {})
 
     examples = [example(n) for n in (5, 90, 7, 6, 30, 31, 1)]
     buckets = list(length_buckets(examples, 64))

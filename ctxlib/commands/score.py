@@ -30,7 +30,7 @@ from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
 from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
-from ctxlib.params import InputError, Layer, Loading, ScoreRule, Variant, locate, nowhere
+from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, Variant, locate, nowhere
 from ctxlib.results import to_json
 from ctxlib.scoring import (
     answered_turns,

@@ -3,7 +3,7 @@
 from ctxlib.finetune.adapters import LORA_TARGETS, add_lora, export_merged
 from ctxlib.finetune.labels import (
     BATCHES_GROUPED,
-    Example,
+    TrainingExample,
     audit,
     collate,
     end_of_turn_ids,
@@ -21,7 +21,7 @@ from ctxlib.finetune.training import finetune, is_main_process, make_trainer, tr
 __all__ = [
     "BATCHES_GROUPED",
     "LORA_TARGETS",
-    "Example",
+    "TrainingExample",
     "add_lora",
     "audit",
     "collate",

@@ -1,4 +1,4 @@
-"""What is learned of a conversation: ids and labels, the audit that shows them, and the batches they are put in."""
+"""Which tokens of a conversation are trained on: ids and labels, the audit that shows them, and their batches."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -22,8 +22,8 @@ BATCHES_GROUPED = 8
 
 
 @dataclass(frozen=True)
-class Example:
-    """A conversation as it is trained on; `labels` is -100 where nothing is supervised."""
+class TrainingExample:
+    """A conversation as token ids, labels (-100: not supervised) and roles."""
 
     input_ids: Int[Tensor, " pos"]
     labels: Int[Tensor, " pos"]
@@ -42,9 +42,13 @@ def supervised_mask(
     """True for the tokens that carry a label.
 
     `standard`: the content of every answer and the token that closes it, so that the model learns to stop. That token
-    is the first template token after the content, in the same turn; where a template puts something between the two
+    is the first template token after the content, in the same turn; if a template puts something between the two
     (Llama-2: a space), everything up to the first of `end_ids`. A newline after it carries no label. `authors_code`:
     every token (official script: the completion-only collator is commented out).
+
+        token       <s>  Hi  ▁[/INST]  It  is  0  .  ▁    </s>  <s>  So
+        role        b    u   t         a   a   a  a  t    t     b    u
+        supervised  .    .   .         x   x   x  x  x    x     .    .      end_ids = {</s>}
     """
     if variant == "authors_code":
         return torch.ones(len(role_map), dtype=torch.bool)
@@ -52,6 +56,9 @@ def supervised_mask(
         raise InputError(f"variant '{variant}': expected 'standard' or 'authors_code'")
     roles, turns, ids = role_map.roles.tolist(), role_map.turns.tolist(), role_map.ids.tolist()
     supervised = [role == Role.ASSISTANT for role in roles]
+    # Where an answer's content ends, the template tokens of the same turn follow (`closing`). The label must reach the
+    # one that ends the turn, and must not go beyond it: a newline after it is written by the template, never by the
+    # model. If none of them is an end token, the first one closes the answer.
     for last in range(len(ids) - 1):
         if roles[last] != Role.ASSISTANT or roles[last + 1] != Role.TEMPLATE:
             continue
@@ -77,12 +84,12 @@ def training_examples(
     variant: str = "standard",
     indicator: str | None = None,
     max_length: int = 2048,
-) -> tuple[list[Example], dict[str, int]]:
+) -> tuple[list[TrainingExample], dict[str, int]]:
     """Token ids and labels of every conversation, and the counts `used`, `truncated`, `too_long`, `unlabelled`.
 
-    A conversation over `max_length` tokens loses its last turns (`truncated`), or is left out if already its first is
-    too long (`too_long`); in the `authors_code` variant it is cut at `max_length`, in the middle of a word if need be.
-    One without any label is left out (`unlabelled`).
+    A conversation over `max_length` tokens loses its last turns (`truncated`), or is left out if even the first turn is
+    too long (`too_long`); in the `authors_code` variant it is cut at `max_length`, if need be in the middle of a word.
+    A conversation without any label is left out (`unlabelled`).
 
     Raises InputError if none remains.
     """
@@ -108,7 +115,7 @@ def training_examples(
             continue
         counts["truncated"] += truncated
         counts["used"] += 1
-        examples.append(Example(rendered.ids, torch.where(mask, rendered.ids, IGNORED), rendered.roles))
+        examples.append(TrainingExample(rendered.ids, torch.where(mask, rendered.ids, IGNORED), rendered.roles))
     if not examples:
         raise InputError(
             f"no conversation to train on, of {len(conversations)}: {counts['too_long']} are longer than max_length "
@@ -120,12 +127,12 @@ def training_examples(
 
 def audit(
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[TrainingExample],
     counts: Mapping[str, int],
     console: Console,
     indicator_id: int | None = None,
 ) -> None:
-    """Prints what `training_examples` gave: its counts, the labels by role, and one example (`show_labels`).
+    """Prints the result of `training_examples`: its counts, the labels by role, and one example (`show_labels`).
 
     The example is the shortest one with an indicator, or the shortest of all.
     """
@@ -135,8 +142,8 @@ def audit(
     console.print(show_labels(tokenizer, shown, console.color_system is not None), soft_wrap=True)
 
 
-def show_labels(tokenizer: PreTrainedTokenizerBase, example: Example, coloured: bool = True) -> Text:
-    """The text of an example, to be printed before training: what carries a label in green, or in ‹brackets›."""
+def show_labels(tokenizer: PreTrainedTokenizerBase, example: TrainingExample, coloured: bool = True) -> Text:
+    """The text of an example, to print before training: supervised tokens in green, or in ‹brackets›."""
     supervised = example.labels != IGNORED
     borders = [0, *(supervised.diff().nonzero().flatten() + 1).tolist(), len(supervised)]
     shown = Text()
@@ -150,14 +157,14 @@ def show_labels(tokenizer: PreTrainedTokenizerBase, example: Example, coloured: 
 
 
 def _printable(text: str) -> str:
-    """Nothing that steers a terminal."""
+    """The text without characters that control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def label_counts(examples: Sequence[Example], indicator_id: int | None = None) -> pd.DataFrame:
-    """How much of each role is supervised, over all examples: role, tokens, supervised, fraction in [0, 1].
+def label_counts(examples: Sequence[TrainingExample], indicator_id: int | None = None) -> pd.DataFrame:
+    """Supervised tokens of each role, over all examples: role, tokens, supervised, fraction in [0, 1].
 
-    The indicator, whose role is template, gets a row of its own.
+    The indicator, whose role is template, has its own row.
     """
     ids, labels, roles = (torch.cat([getattr(e, part) for e in examples]) for part in ("input_ids", "labels", "roles"))
     indicator = ids == (-1 if indicator_id is None else indicator_id)
@@ -207,8 +214,8 @@ def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Int[Tensor, "batch pos"]]:
-    """Pads on the right to the longest of the batch; padding is told from text by `attention_mask` only."""
+def collate(examples: Sequence[TrainingExample], pad_id: int) -> dict[str, Int[Tensor, "batch pos"]]:
+    """Pads on the right to the longest of the batch; only `attention_mask` distinguishes padding from text."""
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
         "input_ids": pad([example.input_ids for example in examples], padding_value=pad_id),
@@ -217,11 +224,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Int[Tensor, "
     }
 
 
-def pack(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """One row for the whole batch: the examples one behind the other, and positions that start anew with each.
+def pack(examples: Sequence[TrainingExample]) -> dict[str, Tensor]:
+    """One row for the whole batch: the examples one after the other, with positions that restart at each.
 
     There is no padding, and logits are computed only where the next token carries a label (`logits_to_keep`). The loss
-    is that of `collate`, where the model takes restarted positions for separate texts (`packs_exactly`).
+    is that of `collate` if the model treats restarted positions as separate texts (`packs_exactly`).
     """
     following = torch.cat([torch.cat([example.labels[1:], torch.tensor([IGNORED])]) for example in examples])
     kept = following != IGNORED
@@ -235,10 +242,10 @@ def pack(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def packs_exactly(model: torch.nn.Module, examples: Sequence[Example], tolerance: float) -> bool:
-    """Whether the model in eval mode computes, up to rounding, the same of the examples packed as of each alone.
+def packs_exactly(model: torch.nn.Module, examples: Sequence[TrainingExample], tolerance: float) -> bool:
+    """Whether the model in eval mode gives, up to rounding, the same logits for packed examples as for each alone.
 
-    Examples that are long are cut at 64 tokens. tolerance: relative, of all logits' Euclidean norm.
+    Long examples are cut at 64 tokens. tolerance: relative, of all logits' Euclidean norm.
     """
     ids = [example.input_ids[:64].to(model.device) for example in examples]
     positions = torch.cat([torch.arange(len(of_one)) for of_one in ids])[None].to(model.device)

@@ -17,10 +17,11 @@ from ctxlib.miniature import texts
 from ctxlib.miniature.pretrain import Recipe, pretrain
 from ctxlib.miniature.town import Town
 from ctxlib.models import load_model, load_tokenizer
+from ctxlib.params import Finetune
 from ctxlib.results import to_json
 from ctxlib.roles import PLAIN_SEPARATOR
 
-# the shares that the chat data of params/miniature.yaml has too: `instruct` is the model that such data make
+# the same shares as in params/miniature.yaml: `instruct` is the model that such chat data produce
 SHARES = {
     "memory_question": 0.22,
     "memory_about": 0.14,
@@ -33,19 +34,20 @@ SHARES = {
 }
 CHATS = {"n": 6000, "seed": 0}
 VANILLA_SFT = {"method": "full", "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "warmup_fraction": 0.1}
+SETTINGS = Finetune(**VANILLA_SFT, epochs=None, gradient_accumulation=1, schedule="linear")
 EXAM = {"lengths": [100, 200, 300, 400], "depths": [0, 25, 50, 75, 100], "per_cell": 26, "seed": 2024}  # n = 520
 ANSWER_TOKENS = 64
 
 
 def build(out: Path, recipe: Recipe | None = None) -> None:
-    """Train `pretrained` and `instruct` into `out` and examine them; goes on where it was stopped."""
+    """Train `pretrained` and `instruct` into `out` and examine them; an interrupted build resumes."""
     if not (out / "pretrained" / "card.json").exists():
         pretrain(out / "pretrained", recipe or Recipe())
         _card(out / "pretrained", examine_pretrained(out / "pretrained"))
     begun = time.monotonic()
     chats = texts.chat_dataset(Town(), shares=SHARES, **CHATS)
     tokenizer = load_tokenizer(out / "pretrained")
-    log = finetune(out / "pretrained", tokenizer, chats, out_dir=out / "instruct", schedule="linear", **VANILLA_SFT)
+    log = finetune(out / "pretrained", tokenizer, chats, SETTINGS, out_dir=out / "instruct")
     training = {
         "recipe": VANILLA_SFT | {"chats": CHATS, "shares": SHARES},
         "seconds": time.monotonic() - begun,
@@ -146,6 +148,6 @@ def _card(folder: Path, measures: pd.DataFrame) -> None:
         "",
         "Files: " + ", ".join(f"`{name}` sha256 `{digest[:16]}…`" for name, digest in hashes.items()),
         "",
-        "Retrained by `ctxlib miniature --out DIR`; stopped and called again it goes on from its last checkpoint.",
+        "Retrained by `ctxlib miniature --out DIR`; an interrupted run resumes from its last checkpoint.",
     ]
     write(folder / "README.md", "\n".join(lines) + "\n")
