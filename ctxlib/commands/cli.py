@@ -298,7 +298,7 @@ def main() -> None:
     """Runs the command of the command line and exits with its status."""
     try:
         _refuse_renamed(sys.argv[1:])
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except InputError as error:
         if file := os.environ.get(INPUT_ERROR_FILE):
             Path(file).write_text(str(error), encoding="utf-8")
