@@ -37,8 +37,8 @@ def run_notebook(
     """Executes a notebook on an experiment's parameters and gives the path of the executed copy.
 
     The copy goes to `out_path` (default `outputs/<experiment>/<notebook>.ipynb`) when every code cell has completed; a
-    failed one goes beside it as `<notebook>.failed.ipynb`. A success is entered into the experiment's `manifest.json`
-    and leaves a receipt in `work/receipts/`, which is what the Snakefile waits for.
+    failed one goes next to it as `<notebook>.failed.ipynb`. A success is recorded in the experiment's `manifest.json` and
+    leaves a receipt in `work/receipts/`, which the Snakefile waits for.
 
     Raises InputError for bad parameters, a missing notebook or folder, and for an InputError in a cell (nothing is
     left behind then); NotebookError when a cell fails or does not run.
@@ -114,7 +114,7 @@ def _read_notebook(notebook: Path) -> NotebookNode:
 
 
 def _check_completed(executed: NotebookNode, notebook: Path) -> None:
-    """`SystemExit(0)` in a cell ends a notebook early and papermill calls it a success: we do not."""
+    """`SystemExit(0)` in a cell ends a notebook early; papermill calls that a success, we do not."""
     for number, cell in enumerate((cell for cell in executed.cells if cell.cell_type == "code"), start=1):
         errors = [output.ename for output in cell.outputs if output.output_type == "error"]
         if errors or (cell.source.strip() and cell.metadata.papermill.status != "completed"):
@@ -123,7 +123,7 @@ def _check_completed(executed: NotebookNode, notebook: Path) -> None:
 
 
 def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float) -> None:
-    """Enters the run into `manifest.json`; the peak is that of the largest process this one has waited for."""
+    """Records the run in `manifest.json`; the peak memory is that of the largest child process so far."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak_memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
     name = notebook.stem
@@ -186,7 +186,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _remove_empty(output_dir: Path, made: list[Path]) -> None:
-    """Takes back the folders that a run on bad input made and did not fill."""
+    """Removes the empty folders that a run on bad input left."""
     work = output_dir / "work"
     for folder in (work / "journal", work / "receipts", work, output_dir, *made):
         if folder.is_dir() and not any(folder.iterdir()):

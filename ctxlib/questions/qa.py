@@ -49,14 +49,14 @@ def load_questions(
     answer (of QuAC: if most annotators found none).
 
     `prompt` is `instruction`, as for the paper's ShareGPT and WizardLM models, or `plain`, context and question only,
-    as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters for QuAC alone, whose passage stands
-    behind title and background. `authors_code`: the first question of each dialogue, the final CANNOTANSWER taken from
-    the passage, the prompt with its doubled "the". `standard`: every question, behind the earlier ones with their
-    answers as turns, and CANNOTANSWER left as the piece to answer with where there is no answer; dialogues stay whole,
-    so that as many are drawn as fit into `n` questions.
+    as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters only for QuAC, whose passage follows
+    title and background. `authors_code`: the first question of each dialogue, the final CANNOTANSWER taken from
+    the passage, the prompt with its doubled "the". `standard`: every question, after the earlier ones with their
+    answers as turns, and CANNOTANSWER kept as the piece to answer with if there is no answer; dialogues stay whole: as
+    many are drawn as fit into `n` questions.
 
-    Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub's dataset
-    that tells too little to score, and an `n` too small for one dialogue.
+    Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub dataset
+    with too little information to score, and an `n` too small for one dialogue.
     """
     place = locate(source)
     if place == "nowhere":
