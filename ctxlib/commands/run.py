@@ -37,8 +37,8 @@ def run_notebook(
     """Executes a notebook on an experiment's parameters and gives the path of the executed copy.
 
     The copy goes to `out_path` (default `outputs/<experiment>/<notebook>.ipynb`) when every code cell has completed; a
-    failed one goes next to it as `<notebook>.failed.ipynb`. A success is recorded in the experiment's `manifest.json` and
-    leaves a receipt in `work/receipts/`, which the Snakefile waits for.
+    failed one goes next to it as `<notebook>.failed.ipynb`. A success is recorded in the experiment's `manifest.json`
+    and leaves a receipt in `work/receipts/`, which the Snakefile waits for.
 
     Raises InputError for bad parameters, a missing notebook or folder, and for an InputError in a cell (nothing is
     left behind then); NotebookError when a cell fails or does not run.

@@ -50,18 +50,19 @@ def load_conversations(
 ) -> Corpus:
     """Conversations of a .json, .jsonl or .parquet file, of a folder of them, or of a dataset on the hub.
 
-    Formats, recognised by the keys of the first good row unless forced by `format`: `sharegpt` (conversations: from, value),
-    `messages` (messages: role, content; also what `save_conversations` writes) and `instruction` (instruction, input,
-    output; instruction and input are joined by an empty line). A row without an id is named by its number, from 1. The
-    files of a folder are read in the order of their names; of a hub dataset, the `split` at the `revision` is read.
+    Formats, recognised by the keys of the first good row unless forced by `format`: `sharegpt` (conversations: from,
+    value), `messages` (messages: role, content; also the format of `save_conversations`) and `instruction`
+    (instruction, input, output; instruction and input are joined by an empty line). A row without an id is named by its
+    number, from 1. The files of a folder are read in the order of their names; of a hub dataset, the `split` at the
+    `revision` is read.
 
     A row is bad if a line is no JSON, a key is missing, a text is not a string or not valid Unicode, a role is unknown,
     a turn is empty, it starts with the assistant, has no user turn, has the same role twice in a row or a system text
     after the first message, or has the id of an earlier row. With `on_bad_row="error"` the first one raises; with
     `"drop"` leading answers (paper: chunks without a user instruction) and an empty system text are removed; every
-    other bad row is dropped whole, counted by reason and listed. A fraction of bad rows over `max_bad_rows` raises. `remove_refusals` drops conversations with a refusal among the answers (`REFUSALS`, anywhere in
-    them, in upper or lower case), in either mode; they are listed but do not count as bad. `limit` stops after this
-    many good ones.
+    other bad row is dropped whole, counted by reason and listed. A fraction of bad rows over `max_bad_rows` raises.
+    `remove_refusals` drops conversations with a refusal among the answers (`REFUSALS`, anywhere in them, in upper or
+    lower case), in either mode; they are listed but do not count as bad. `limit` stops after this many good ones.
 
     Raises InputError, naming file, row and key, for a bad row, too many of them, an unreadable file, a file in none of
     the formats, and a dataset that cannot be loaded from the hub.

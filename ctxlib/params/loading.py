@@ -36,9 +36,13 @@ MODEL_ROLES = ("pretrained", "instruct", "seed_model")
 TRAINED_MODELS = ("vanilla", "indicator")  # by 03, in <outputs>/<experiment>/work/models
 EXTENDS = "extends"
 RENAMED = {
-    f"{section}.reading": f"{section}.variant" for section in ("steering", "scoring", "finetune", "needle", "qa")
+    "steering.reading": "steering.variant",
+    "scoring.reading": "scoring.variant",
+    "finetune.reading": "finetune.variant",
+    "needle.reading": "needle.variant",
+    "qa.reading": "qa.variant",
+    "evidence.readings": "evidence.compared_scores",
 }
-RENAMED |= {"evidence.readings": "evidence.compared_scores"}
 RENAMED_VALUES = {"clean": "standard", "paper": "authors_code"}  # of every `variant`
 
 
