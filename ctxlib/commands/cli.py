@@ -86,8 +86,8 @@ def rehearse(
     params: ParamsFile = DEFAULT_PARAMS,
     *,
     overrides: Overrides = None,
-    width: Annotated[int, option("Of the random models, at most.")] = 64,
-    layers: Annotated[int, option("Of the random models, at most.")] = 4,
+    width: Annotated[Count, option("Of the random models, at most.")] = 64,
+    layers: Annotated[Count, option("Of the random models, at most.")] = 4,
 ) -> None:
     """Run an experiment from end to end on small random models, before you spend GPU hours.
 
