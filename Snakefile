@@ -50,7 +50,7 @@ rule notebook:
     input:
         lambda wildcards: expand(RECEIPT, notebook=NEEDS[wildcards.notebook]),
         notebook="notebooks/{notebook}.ipynb",
-        params_file=params_file,
+        params_files=[str(experiment.root / file) for file in experiment.files],  # those that it extends, too
         code=sorted(str(path) for path in Path("ctxlib").rglob("*.py")),
         # the models are over 1 MB, where snakemake looks at times instead of contents; their cards hold their hashes
         models=sorted(str(path) for path in Path("ctxlib/miniature/models").glob("*/card.json")),
@@ -62,8 +62,9 @@ rule notebook:
     wildcard_constraints:
         notebook="|".join(NEEDS),
     params:
+        file=params_file,
         overrides=lambda wildcards: " ".join(
             "--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()
         ),
     shell:
-        "{sys.executable:q} -m ctxlib run {input.notebook} --params {input.params_file:q} {params.overrides}"
+        "{sys.executable:q} -m ctxlib run {input.notebook} --params {params.file:q} {params.overrides}"

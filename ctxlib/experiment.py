@@ -22,7 +22,7 @@ from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import Town
 from ctxlib.models import Subject
-from ctxlib.params import MODEL_ROLES, FirstResponseToken, InputError, Params, is_hub_id, load_params
+from ctxlib.params import MODEL_ROLES, FirstResponseToken, InputError, Params, load_params
 from ctxlib.questions import needle, qa
 from ctxlib.questions.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
@@ -102,7 +102,7 @@ def conversations(params: Params) -> Corpus:
     if section.source == EMBEDDED:
         made = texts.chat_dataset(Town(), section.n or 1000, params.miniature.shares, params.seed)
         return Corpus(tuple(made), pd.DataFrame({"reason": [], "n": []}), EMBEDDED)
-    on_hub = is_hub_id(section.source) and not params.path(section.source).exists()
+    on_hub = params.locate(section.source) == "hub"
     corpus = load_conversations(
         section.source if on_hub else params.path(section.source),
         split=section.split,
@@ -138,7 +138,7 @@ def passage_questions(params: Params) -> list[Question]:
         if source == EMBEDDED:
             questions += texts.passage_questions(Town(), section.n, params.seed)
             continue
-        on_hub = is_hub_id(source) and not params.path(source).exists()
+        on_hub = params.locate(source) == "hub"
         questions += qa.load_questions(
             source if on_hub else params.path(source),
             section.n,

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ctxlib.files import check_is_itself, check_safetensors, hub_remedy, one_line, read_json_object, read_text
-from ctxlib.params import InputError
+from ctxlib.params import InputError, locate, nowhere
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -302,10 +302,8 @@ def model_hash(path: str | Path, *, revision: str | None = None) -> str:
 
 
 def is_local(path: str | Path) -> bool:
-    """True for what lies, or looks as if it should lie, on this machine; False for a hub id (`owner/name`)."""
-    text = str(path)
-    local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    return local or Path(text).exists()
+    """False for a hub id, see `locate`; True for everything on this machine, and for paths that do not exist."""
+    return locate(path) != "hub"
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -332,8 +330,8 @@ def _base_of(adapter: str | Path) -> tuple[str, str | None]:
     base = config["base_model_name_or_path"]
     if is_local(base) and not Path(base).expanduser().exists():
         raise InputError(
-            f"{adapter}/adapter_config.json: the adapter was trained on '{base}', which is not there; put that model "
-            "there, or correct base_model_name_or_path"
+            f"{adapter}/adapter_config.json: base_model_name_or_path: "
+            + nowhere(base, "the adapter was trained on it: put that model there, or correct the key")
         )
     return base, config.get("revision")
 
@@ -404,8 +402,10 @@ def _not_loadable(what: str, path: str | Path, revision: str | None, error: Exce
 
 def _folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
+    if not folder.exists():
+        raise InputError(nowhere(path))
     if not folder.is_dir():
-        raise InputError(f"{path}: no such folder; give a model's folder, or a hub id such as 'owner/name'")
+        raise InputError(f"{path}: a file; give a model's folder, or a hub id such as 'owner/name'")
     return folder
 
 

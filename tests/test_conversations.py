@@ -227,8 +227,9 @@ def test_what_the_hub_refuses_is_one_line_with_a_remedy(monkeypatch, error, said
 def test_a_name_is_the_hubs_only_if_nothing_here_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "here").mkdir(parents=True)
-    assert is_hub_dataset("owner/name") and is_hub_dataset("owner/name-v1.5")
-    for local in ("owner/here", "./name", "/owner/name", "~/name", "a/b/c", "name", "owner/chats.json", Path("a/b")):
+    for hub_id in ("owner/name", "owner/name-v1.5", "squad"):
+        assert is_hub_dataset(hub_id)
+    for local in ("owner/here", "./name", "/owner/name", "~/name", "a/b/c", "name/", "owner/chats.json", Path("a/b")):
         assert not is_hub_dataset(local)
 
 
@@ -344,7 +345,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"no file or folder '.*absent\.json'"):
         load_conversations(tmp_path / "absent.json")
     with pytest.raises(InputError, match="on_bad_row"):
         load_conversations(tmp_path / "absent.json", on_bad_row="skip")

@@ -358,7 +358,7 @@ def test_bad_input_leaves_nothing_behind(model_folder, tokenizer, conversations,
     wider.add_tokens(["what is"])
     before = sorted(tmp_path.rglob("*"))
     for change, message in (
-        ({"model_path": tmp_path / "absent"}, "no such folder"),
+        ({"model_path": tmp_path / "absent"}, "no file or folder"),
         ({"model_path": tmp_path / "adapter"}, "an adapter cannot be fine-tuned further"),
         ({"tokenizer": bare}, "no chat template"),
         ({"tokenizer": wider}, "beyond the model's vocabulary"),

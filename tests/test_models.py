@@ -97,7 +97,7 @@ def test_bad_tokenizers_are_refused_with_the_remedy(model_folder, tmp_path):
     (tmp_path / "bad.jinja").write_text("{% for message in messages %}")
     (tmp_path / "pointer.jinja").write_text(POINTER)
     for path, template, message in (
-        (tmp_path / "absent", None, "no such folder"),
+        (tmp_path / "absent", None, "no file or folder '.*absent'"),
         (tmp_path / "empty", None, "no tokenizer there"),
         (model_folder, tmp_path / "absent.jinja", "not readable"),
         (model_folder, tmp_path / "pointer.jinja", r"not readable: .*pointer\.jinja: a Git-LFS pointer"),
@@ -118,9 +118,9 @@ def test_bad_model_folders_are_refused_with_the_remedy(model_folder, tmp_path):
 
     weights = "model.safetensors"
     for path, message in (
-        (tmp_path / "absent", "no such folder"),
-        ("./absent", "no such folder"),
-        ("models/that/are-absent", "no such folder"),
+        (tmp_path / "absent", "no file or folder '.*absent'"),
+        ("./absent", "no file or folder '.*absent'"),
+        ("models/that/are-absent", "no file or folder '.*absent'"),
         (broken("no_config", lambda f: (f / "config.json").unlink()), "config.json is missing"),
         (broken("pickled", lambda f: (f / weights).rename(f / "pytorch_model.bin")), "only pytorch_model.bin"),
         (broken("weightless", lambda f: (f / weights).unlink()), "no weights"),
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_fit_says_how_it_would(model_folder, monkeypatch):
 
 
 def test_a_hub_id_is_no_local_folder_and_a_path_is():
-    assert not is_local("owner/name") and not is_local("gpt2")
+    assert not is_local("owner/name") and not is_local("gpt2") and not is_local("owner/name-1.5_x")
     assert all(is_local(path) for path in ("./x", "/x", "~/x", "a/b/c", Path("owner/name")))
 
 

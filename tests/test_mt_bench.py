@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 from ctxlib.commands import cli, mt_bench
 from ctxlib.commands.mt_bench import (
@@ -651,8 +650,16 @@ def test_the_judges_error_is_the_spread_of_means_over_judgements_repeated_many_t
 # the whole of it
 
 
+def called(monkeypatch, *arguments):
+    """The exit status of the command line."""
+    monkeypatch.setattr("sys.argv", ["ctxlib", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
 def test_the_command_runs_without_a_hand_on_the_keyboard_and_a_second_time_without_the_judge(
-    server, folder, model_folder, tmp_path, monkeypatch
+    server, folder, model_folder, tmp_path, monkeypatch, capsys
 ):
     def no_keyboard(*args):
         raise AssertionError("asked for a key")
@@ -662,9 +669,8 @@ def test_the_command_runs_without_a_hand_on_the_keyboard_and_a_second_time_witho
         "mt-bench", "--model", model_folder, "--questions", folder, "--judge", "grader", "--base-url", server.base_url,
         "--repeats", "2", "--temperature", "0.7", "--max-new-tokens", "8", "--out", tmp_path / "out",
     ]  # fmt: skip
-    first = CliRunner().invoke(cli.app, list(map(str, command)))
-    assert first.exit_code == 0, first.output
-    assert "prompt tokens 1,200" in first.output
+    assert called(monkeypatch, *command) == 0
+    assert "prompt tokens 1,200" in capsys.readouterr().out
     files = ("answers.jsonl", "ratings.csv", "summary.csv", "mt_bench.json")
     written = {name: (tmp_path / "out" / name).read_bytes() for name in files}
     ratings = pd.read_csv(tmp_path / "out" / "ratings.csv")
@@ -676,23 +682,21 @@ def test_the_command_runs_without_a_hand_on_the_keyboard_and_a_second_time_witho
         == hashlib.sha256((folder / "question.jsonl").read_bytes()).hexdigest()
     )
     server.requests.clear()
-    second = CliRunner().invoke(cli.app, list(map(str, command)))
-    assert second.exit_code == 0 and not server.requests
+    assert called(monkeypatch, *command) == 0 and not server.requests
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == written
 
     other = shutil.copytree(model_folder, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")  # other contents, so another model
     command[2] = other
-    refused = CliRunner().invoke(cli.app, list(map(str, command)))
-    assert isinstance(refused.exception, InputError)
-    assert re.search(
-        r"out: holds the ratings of another model, \S+model \(hash .*choose another folder", str(refused.exception)
-    )
+    capsys.readouterr()
+    assert called(monkeypatch, *command) == 2
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"out: holds the ratings of another model, \S+model \(hash .*choose another folder", refused)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == written
 
 
-def test_the_command_looks_for_the_judge_before_it_loads_the_model(folder, tmp_path, server):
+def test_the_command_looks_for_the_judge_before_it_loads_the_model(folder, tmp_path, server, monkeypatch, capsys):
     command = ["mt-bench", "--model", tmp_path / "none", "--questions", folder, "--judge", "g", "--out", tmp_path / "o"]
-    result = CliRunner().invoke(cli.app, [*map(str, command), "--base-url", "http://127.0.0.1:9/v1"])
-    assert isinstance(result.exception, InputError) and "judge at http://127.0.0.1:9/v1" in str(result.exception)
+    assert called(monkeypatch, *command, "--base-url", "http://127.0.0.1:9/v1") == 2
+    assert "judge at http://127.0.0.1:9/v1" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "o")

@@ -86,7 +86,7 @@ def test_every_import_is_declared():
 
 def test_an_optional_package_is_imported_only_by_what_needs_it():
     optional = {Requirement(text).name for text in PROJECT["optional-dependencies"]["judge"]}
-    at_import = "import sys, ctxlib.cli, ctxlib.experiment, ctxlib.mt_bench; print(*sys.modules)"
+    at_import = "import sys, ctxlib.commands.cli, ctxlib.experiment, ctxlib.commands.mt_bench; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", at_import], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not optional & set(loaded.stdout.split())
 

@@ -4,35 +4,167 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ctxlib.params import InputError, known_keys, load_params
+from ctxlib.params import RENAMED, Finetune, InputError, Scoring, known_keys, load_params, locate
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "params" / "smoke.yaml"
 FILES = sorted((ROOT / "params").glob("*.yaml"))
 
 
-def dotted(content: dict) -> list[str]:
-    """The keys of the file, found without the schema: every section is one level deep. Evidence may be null."""
-    evidence = {
-        "evidence": content["evidence"] or yaml.safe_load((ROOT / "params" / "evidence.yaml").read_text())["evidence"]
-    }
-    return [
-        f"{key}.{inner}" if isinstance(value, dict) else key
-        for key, value in (content | evidence).items()
-        for inner in (value if isinstance(value, dict) else [None])
-    ]
-
-
 def write_smoke(tmp_path: Path, **changes: object) -> Path:
+    """The whole of smoke.yaml in one file, with other values."""
     path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | changes))
+    path.write_text(yaml.safe_dump(load_params(SMOKE).model_dump() | changes))
+    return path
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_params_file_has_all_keys(path):
-    assert sorted(dotted(yaml.safe_load(path.read_text()))) == sorted(known_keys())
-    assert load_params(path).experiment == path.stem
+def test_every_params_file_is_the_experiment_of_its_name_and_can_be_written_out_whole(path, tmp_path):
+    params = load_params(path)
+    assert params.experiment == path.stem
+    whole = load_params(write(tmp_path / "whole.yaml", params.model_dump()))
+    assert whole.model_dump() == params.model_dump() and whole.digest == params.digest
+    assert whole.files == (str(tmp_path / "whole.yaml"),)
+
+
+def test_the_known_keys_are_those_of_a_file_written_out_whole():
+    content = load_params(ROOT / "params" / "evidence.yaml").model_dump()
+    keys = [
+        f"{k}.{inner}" if isinstance(v, dict) else k
+        for k, v in content.items()
+        for inner in (v if isinstance(v, dict) else [None])
+    ]
+    assert sorted(keys) == sorted(known_keys())
+
+
+# One file extends another
+
+
+def test_sections_are_merged_key_by_key_and_lists_and_shares_are_replaced_whole(tmp_path):
+    base = load_params(SMOKE).model_dump()
+    write_smoke(tmp_path)
+    more = {
+        "extends": "x.yaml",
+        "seed": 5,
+        "needle": {"per_cell": 9, "lengths": [150]},
+        "miniature": {"shares": {"memory_question": 0.5, "memory_about": 0.5}},
+    }
+    child = load_params(write(tmp_path / "child.yaml", more))
+    expected = base | {"seed": 5, "miniature": more["miniature"], "needle": base["needle"] | more["needle"]}
+    assert child.model_dump() == expected
+    grandchild = load_params(write(tmp_path / "g.yaml", {"extends": "child.yaml", "needle": {"per_cell": 1}}))
+    assert grandchild.model_dump() == expected | {"needle": expected["needle"] | {"per_cell": 1}}
+    assert [Path(file).name for file in grandchild.files] == ["g.yaml", "child.yaml", "x.yaml"]
+
+
+def test_the_extended_file_is_looked_for_beside_the_file_and_then_in_the_params_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = load_params(SMOKE).model_dump()
+    write(tmp_path / "params" / "base.yaml", whole | {"seed": 1})
+    write(tmp_path / "mine" / "x.yaml", {"extends": "base.yaml"})
+    assert load_params("mine/x.yaml").seed == 1
+    assert load_params("mine/x.yaml").files == ("mine/x.yaml", "params/base.yaml")
+    write(tmp_path / "mine" / "base.yaml", whole | {"seed": 2})
+    assert load_params("mine/x.yaml").seed == 2
+    monkeypatch.chdir(tmp_path / "mine")
+    assert load_params("mine/x.yaml").files == ("mine/x.yaml", "mine/base.yaml")
+    write(tmp_path / "mine" / "y.yaml", {"extends": "bade.yaml"})
+    with pytest.raises(InputError, match=r"mine/y\.yaml: extends: no such params file 'bade\.yaml'; there are: .*base"):
+        load_params("mine/y.yaml")
+
+
+def test_a_circle_names_its_files(tmp_path):
+    for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
+        write(tmp_path / f"{name}.yaml", {"extends": f"{base}.yaml"})
+    with pytest.raises(InputError, match=r"a\.yaml extends .*b\.yaml extends .*c\.yaml extends .*a\.yaml: a circle"):
+        load_params(tmp_path / "a.yaml")
+
+
+def test_a_fault_is_reported_for_the_file_of_the_chain_that_holds_it(tmp_path):
+    write_smoke(tmp_path, threads=0)
+    child = write(tmp_path / "child.yaml", {"extends": "x.yaml", "seed": 5})
+    with pytest.raises(InputError, match=r"/x\.yaml: key 'threads': .* got 0"):
+        load_params(child)
+    assert load_params(write(tmp_path / "child.yaml", {"extends": "x.yaml", "threads": 2})).threads == 2
+    write_smoke(tmp_path, nedle={"lenghts": [100]})
+    with pytest.raises(InputError, match=r"/x\.yaml: unknown key 'nedle\.lenghts'; did you mean 'needle\.lengths'"):
+        load_params(child)
+
+
+def test_a_key_that_is_written_twice_is_named_with_its_lines(tmp_path):
+    path = write(tmp_path / "x.yaml", "extends: x\nneedle:\n  per_cell: 1\n  prompt: 1\n  per_cell: 2\n")
+    with pytest.raises(InputError, match=r"x\.yaml: key 'per_cell' is in line 3 and again in line 5; remove one"):
+        load_params(path)
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_a_renamed_key_names_the_new_one(old, tmp_path):
+    section, key = old.split(".")
+    now = rf"key '{old}' is now '{RENAMED[old]}'"
+    with pytest.raises(InputError, match=rf"x\.yaml: {now}"):
+        load_params(write(tmp_path / "x.yaml", {"extends": str(SMOKE), section: {key: "clean"}}))
+    with pytest.raises(InputError, match=rf"overrides: {now}"):
+        load_params(SMOKE, {old: "clean"})
+
+
+def test_a_renamed_value_names_the_new_one():
+    for old, new in (("clean", "standard"), ("paper", "authors_code")):
+        with pytest.raises(InputError, match=rf"key 'qa\.variant': the value '{old}' is now '{new}'"):
+            load_params(SMOKE, {"qa.variant": old})
+
+
+def test_without_values_the_sections_of_the_library_are_the_papers():
+    scoring, training = Scoring(), Finetune()
+    assert (scoring.variant, scoring.head_reduction, scoring.threshold) == ("standard", "max_then_mean", 0.6)
+    assert (training.method, training.lora_rank, training.lora_alpha, training.lora_dropout) == ("lora", 16, 16, 0.05)
+    assert (training.steps, training.epochs, training.learning_rate) == (None, 1, 2e-4)
+    assert (Finetune(steps=5).steps, Finetune(steps=5).epochs) == (5, None)
+    for section in (scoring, training):
+        assert type(section).model_validate(section.model_dump()) == section  # the defaults, too, are of their types
+
+
+# Where a name is
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("gpt2", "hub"),
+        ("squad", "hub"),
+        ("owner/name", "hub"),
+        ("owner/name-1.5_b", "hub"),
+        ("miniature", "embedded"),
+        ("miniature:instruct", "embedded"),
+        ("here", "disk"),
+        ("owner/here", "disk"),
+        (Path("here"), "disk"),
+        ("./name", "nowhere"),
+        ("/owner/name", "nowhere"),
+        ("~/name", "nowhere"),
+        ("name/", "nowhere"),
+        ("a/b/c", "nowhere"),
+        ("data.json", "nowhere"),
+        ("owner/data.parquet", "nowhere"),
+        ("two words", "nowhere"),
+        ("a--b", "nowhere"),
+        (Path("owner/name"), "nowhere"),
+    ],
+)
+def test_a_name_has_one_place(name, place, tmp_path):
+    (tmp_path / "owner" / "here").mkdir(parents=True)
+    (tmp_path / "here").touch()
+    assert locate(name, tmp_path) == place
+
+
+def test_every_hub_id_is_accepted_and_not_looked_for():
+    for name in ("gpt2", "openai-community/gpt2"):
+        load_params(SMOKE, {"models.pretrained": name, "qa.sources": ["squad"]}).check_inputs()
 
 
 def test_unknown_key_names_the_nearest(tmp_path):
@@ -157,7 +289,7 @@ def test_hub_names_and_embedded_models_are_not_looked_for():
 
 def test_a_hubs_dataset_is_not_looked_for_and_a_missing_data_file_is():
     load_params(SMOKE, {"conversations.source": "owner/data"}).check_inputs()
-    for missing in ("data/chats.json", "data/chats.parquet", "data/", "chats"):
+    for missing in ("data/chats.json", "data/chats.parquet", "data/", "./chats"):
         with pytest.raises(InputError, match=f"conversations.source: no file or folder '{missing}'"):
             load_params(SMOKE, {"conversations.source": missing}).check_inputs()
 
@@ -200,10 +332,12 @@ def test_the_nine_runs_have_the_papers_values(base, data):
 @pytest.mark.parametrize(("base", "data"), NINE, ids="-".join)
 def test_the_nine_runs_say_what_is_not_pinned_and_what_the_user_supplies(base, data):
     path = ROOT / "params" / f"{base}-{data}.yaml"
-    params, lines = load_params(path), path.read_text().splitlines()
+    params = load_params(path)
+    lines = [line for file in params.files for line in Path(file).read_text().splitlines()]
     noted = {key: [line for line in lines if line.strip().startswith(f"{key}:")] for key in ("seed_model_revision",)}
     unpinned = [line for line in lines if "revision: null" in line and "instruct" not in line]
     assert len(unpinned) == 2 and all("NOT PINNED" in line for line in [*unpinned, *noted["seed_model_revision"]])
+    assert Path(params.files[-1]).name == "tinyllama-sharegpt.yaml"
     supplied = [line.split(":")[0].strip() for line in lines if "YOU SUPPLY" in line]
     assert supplied == ["haystack", "sources"]
     with pytest.raises(InputError, match=r"needle\.haystack: .* put a folder of \.txt there"):

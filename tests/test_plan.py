@@ -382,7 +382,7 @@ def test_all_that_is_missing_is_told_with_its_remedy():
     ("changes", "message"),
     [
         ({"needle.lenghts": [1]}, "unknown key 'needle.lenghts'"),
-        ({"models.pretrained": "./nowhere"}, "models.pretrained: no folder './nowhere'"),
+        ({"models.pretrained": "./nowhere"}, "models.pretrained: no file or folder './nowhere'"),
         ({"models.pretrained": "owner/unknown"}, "its shape is not known; fetch that alone"),
         ({"models.pretrained": "tests/"}, "no readable config.json"),
         ({"models.seed_model": "miniature:nobody"}, "the miniature has no such model"),

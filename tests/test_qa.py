@@ -321,7 +321,7 @@ def test_another_format_is_refused_by_file_and_key(tmp_path, content, said):
 
 
 def test_an_unreadable_file_and_an_id_given_twice_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none\.json: no such file; .*qa\.source"):
+    with pytest.raises(InputError, match=r"no file or folder '.*none\.json'; .*qa\.source"):
         load_questions(tmp_path / "none.json")
     (tmp_path / "latin.json").write_bytes(b'"\xe9"')
     with pytest.raises(InputError, match=r"latin\.json: not UTF-8 at byte 1"):

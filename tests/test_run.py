@@ -18,8 +18,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ctxlib.commands import cli
 from ctxlib.commands import run as run_room
-from ctxlib.commands.run import NotebookError, run_notebook
-from ctxlib.params import InputError, load_params
+from ctxlib.commands.run import run_notebook
+from ctxlib.params import InputError, NotebookError, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "params" / "smoke.yaml"
@@ -59,6 +59,7 @@ def test_a_run_writes_notebook_manifest_and_receipt(tmp_path):
     }
     for path, digest in (entry["inputs"] | entry["outputs"]).items():
         assert hashlib.sha256((ROOT / path).read_bytes()).hexdigest() == digest
+    assert {"params/smoke.yaml", "params/miniature.yaml"} <= entry["inputs"].keys()  # the file and what it extends
     assert entry["peak_memory_mib"] > 400
     assert entry["wall_seconds"] > 0
     assert {"python", "torch", "transformers"} <= entry["versions"].keys()
@@ -119,7 +120,7 @@ def test_memory_that_ran_out_in_a_cell_says_what_to_lower_and_keeps_the_tracebac
     full = 'import torch; raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")'
     with pytest.raises(NotebookError, match=r"OutOfMemoryError: CUDA out.*lower models\.batch_size.*failed\.ipynb"):
         run(tmp_path, full)
-    with pytest.raises(NotebookError, match=r"ended from outside, mostly because memory ran out; .*models\.batch_size"):
+    with pytest.raises(NotebookError, match=r"the kernel died, most likely out of memory; .*models\.batch_size"):
         run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert (tmp_path / "outputs" / "smoke" / "01_test.failed.ipynb").exists()
 
@@ -174,6 +175,14 @@ def test_bad_input_is_found_before_anything_runs(tmp_path):
         ["run", "notebooks/absent.ipynb", "--params", str(SMOKE), "--set", "seed"],
         ["reproduce", "--params", "params/absent.yaml"],
         ["reproduce", "--params", str(SMOKE), "--set", "needle.per_cel=2"],
+        ["reproduce", "--params", str(SMOKE), "--set", "qa.reading=clean"],
+        ["mark", "--reading", "clean"],
+        ["mark", "--scores"],
+        ["finetune", "--model", "m", "--data", "d", "--out", "o", "--batch-size", "0"],
+        ["finetune", "--model", "m", "--data", "d", "--out", "o", "--steps", "1", "--epochs", "1"],
+        ["doctor", "m", "--dtype", "int8"],
+        ["doctor", "m", "--layer", "-1"],
+        ["dcotor", "m"],
     ],
 )
 def test_the_command_says_bad_input_in_one_line_and_exits_with_2(arguments, monkeypatch, capsys):
@@ -187,8 +196,11 @@ def test_the_command_says_bad_input_in_one_line_and_exits_with_2(arguments, monk
 
 
 STUB = """
-import sys, pathlib, time
-folder = pathlib.Path("outputs/smoke/work/receipts")
+import json, sys, pathlib, time
+said = [sys.argv[i + 1] for i, argument in enumerate(sys.argv) if argument == "--set"]
+overrides = {key: json.loads(value) for key, _, value in (text.partition("=") for text in said)}
+pathlib.Path("overrides.json").write_text(json.dumps(overrides))
+folder = pathlib.Path(overrides.get("outputs", "outputs")) / "smoke" / "work" / "receipts"
 folder.mkdir(parents=True, exist_ok=True)
 notebook = pathlib.Path(sys.argv[2])
 receipt = folder / f"{notebook.stem}.json"
@@ -204,9 +216,12 @@ def small_copy(folder: Path, params_file: str = "params/smoke.yaml") -> list[str
         (folder / name).mkdir(parents=True)
     shutil.copy(ROOT / "Snakefile", folder)
     shutil.copy(SMOKE, folder / params_file)
-    for name in ("__init__", "params", "results"):
+    shutil.copy(SMOKE.with_name("miniature.yaml"), folder / "params")  # which it extends
+    for name in ("params", "files"):
+        shutil.copytree(ROOT / "ctxlib" / name, folder / "ctxlib" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__", "results"):
         shutil.copy(ROOT / "ctxlib" / f"{name}.py", folder / "ctxlib")
-    (folder / "ctxlib" / "cli.py").write_text(STUB)
+    (folder / "ctxlib" / "__main__.py").write_text(STUB)
     story = (ROOT / "Snakefile").read_text().split("EVIDENCE =")[0]
     names = re.findall(r'"(\d\d_\w+)":', story)
     for name in names:
@@ -217,7 +232,7 @@ def small_copy(folder: Path, params_file: str = "params/smoke.yaml") -> list[str
 def test_a_killed_reproduction_goes_on_and_two_at_once_are_refused(tmp_path):
     copy, params_file = tmp_path / "a copy", "params/my smoke.yaml"
     names = small_copy(copy, params_file)
-    call = "from pathlib import Path; from ctxlib.cli import main; main()"
+    call = "from pathlib import Path; from ctxlib.commands.cli import main; main()"
     code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv[1:] = ['reproduce', '--params', {params_file!r}]; {call}"
     command = [sys.executable, "-c", code]
     receipts = copy / "outputs" / "smoke" / "work" / "receipts"
@@ -234,6 +249,35 @@ def test_a_killed_reproduction_goes_on_and_two_at_once_are_refused(tmp_path):
     finished = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert sorted(path.stem for path in receipts.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"seed": 3, "outputs": "elsewhere"},
+        {"conversations.n": None, "finetune.packing": True, "steering.alphas": [1.0, 0.5], "models.indicator": "a 'b'"},
+        {"qa": {"sources": [], "split": "a, b", "n": 3}},
+    ],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_reproduce_sets_what_run_sets(overrides, tmp_path):
+    names = small_copy(tmp_path)
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in overrides.items()}
+    arguments = ["reproduce", "--params", "params/smoke.yaml", *(f"--set={key}={words[key]}" for key in words)]
+    call = "from pathlib import Path; from ctxlib.commands.cli import main; main()"
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv[1:] = {arguments!r}; {call}"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "overrides.json").read_text()) == overrides
+    receipts = tmp_path / overrides.get("outputs", "outputs") / "smoke" / "work" / "receipts"
+    assert sorted(path.stem for path in receipts.iterdir()) == names
+
+
+def test_the_help_imports_nothing_heavy():
+    code = "import sys; from ctxlib.commands import cli; cli.app(['--help']); print(*sys.modules)"
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "pandas", "papermill", "datasets", "numpy", "huggingface_hub"}
+    assert "reproduce" in asked.stdout and not heavy & set(asked.stdout.split())
 
 
 def notebooks_to_run(folder: Path, *arguments: str, **overrides) -> set[str]:
@@ -265,6 +309,7 @@ def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
         "notebooks/01_attention_shift.ipynb": {"01_attention_shift", "04_evaluation", "05_figures_and_tables"},
         "notebooks/03_indicator_sft.ipynb": {"03_indicator_sft", "04_evaluation", "05_figures_and_tables"},
         "params/smoke.yaml": set(names),
+        "params/miniature.yaml": set(names),  # which it extends
         "ctxlib/results.py": set(names),
     }
     for edited, expected in edits.items():

@@ -141,7 +141,7 @@ def test_the_model_of_the_miniature_has_a_name(score, tmp_path):
 DIES_WHILE_WRITING_THE_THIRD_PART = """
 import os, signal
 import pandas as pd
-from ctxlib import cli
+from ctxlib.commands import cli
 
 calls = []
 
@@ -239,7 +239,7 @@ def test_old_scores_stay_until_the_new_ones_are_complete(score, tmp_path):
     score("--layer", "1", "--shard", "1/2", "--conversations-per-part", "1")
     assert {path.name: path.read_bytes() for path in (tmp_path / "scores").iterdir() if path.is_file()} == before
     score("--layer", "1", "--shard", "2/2", "--conversations-per-part", "1")
-    assert read_scores(tmp_path / "scores")[1].layers == [1]
+    assert read_scores(tmp_path / "scores")[1].layers == (1,)
 
 
 def test_dropped_rows_are_counted_printed_and_listed(score, data, tmp_path):
@@ -272,14 +272,14 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
         (["--layer", "3"], {}, "layer 3 does not exist"),
         (["--layer", "-1"], {}, "layer -1: give a number from 0 on, or 'all' alone"),
         (["--layer", "all", "--layer", "1"], {}, "layer all: give a number"),
-        (["--max-length", "0"], {}, "max_length 0: give a number from 1 on"),
-        (["--limit", "0"], {}, "limit 0"),
-        (["--max-bad-rows", "5"], {}, "max_bad_rows: expected a fraction"),
+        (["--max-length", "0"], {}, "--max-length 0: input should be greater than or equal to 1"),
+        (["--limit", "0"], {}, "--limit 0"),
+        (["--max-bad-rows", "5"], {}, "--max-bad-rows 5: input should be less than or equal to 1"),
         (["--chat-template", tmp_path / "none.jinja"], {}, "chat template not readable"),
-        ([], {"model": tmp_path / "nowhere"}, "no such folder"),
+        ([], {"model": tmp_path / "nowhere"}, "no file or folder"),
         ([], {"model": cut}, "model.safetensors: cut short or damaged"),
         ([], {"model": untold}, "no chat template; name a .jinja file"),
-        ([], {"data": tmp_path / "nowhere.json"}, "nowhere.json: no such file"),
+        ([], {"data": tmp_path / "nowhere.json"}, f"no file or folder '{tmp_path}/nowhere.json'"),
         ([], {"data": empty}, "holds no rows"),
         ([], {"data": unanswered}, "the 1 conversations hold no user message with an answer"),
         ([], {"data": bad}, "bad.jsonl, line 6: malformed JSON"),
@@ -295,17 +295,16 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
 
 
 def test_bad_settings_of_the_library_are_named(seed_model, data):
+    named = {"model": str(seed_model), "data": str(data)}
     for change, said in (
-        ({"variant": "clear"}, "variant 'clear': choose one of standard, authors_code"),
-        ({"head_reduction": "max"}, "head_reduction 'max': choose one of max_then_mean"),
-        ({"dtype": "int8"}, "dtype 'int8': choose one of float32"),
-        ({"layers": (DEPTH,)}, f"layer {DEPTH} does not exist: .* has layers 0 to {DEPTH - 1}"),
+        ({"variant": "clear"}, "variant\n.*'standard' or 'authors_code'"),
+        ({"head_reduction": "max"}, "head_reduction\n.*'max_then_mean'"),
+        ({"dtype": "int8"}, "dtype\n.*'float32'"),
     ):
-        settings = Settings(str(seed_model), str(data))
-        for name, value in change.items():
-            object.__setattr__(settings, name, value)
-        with pytest.raises(InputError, match=said):
-            prepare(settings)
+        with pytest.raises(ValueError, match=said):
+            Settings(**named, **change)
+    with pytest.raises(InputError, match=f"layer {DEPTH} does not exist: .* has layers 0 to {DEPTH - 1}"):
+        prepare(Settings(**named, layers=(DEPTH,)))
 
 
 def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def prepare(
     like = {which: "pretrained" if which in trained else which for which in MODEL_ROLES}
     instead = {f"models.{which}": full.models.pretrained for which in trained}
     load_params(params_file, overrides | instead).check_inputs()
-    embedded = {which for which in MODEL_ROLES if getattr(full.models, which).startswith(f"{experiment.EMBEDDED}:")}
+    embedded = {which for which in MODEL_ROLES if full.locate(getattr(full.models, which)) == "embedded"}
     made = [which for which in MODEL_ROLES if which not in embedded | (trained & {"instruct"})]
     configs = {which: find_model(full, like[which]).network.config for which in MODEL_ROLES}
     small_configs = configs | {which: shrunk(configs[which], width, layers) for which in made}
@@ -204,10 +204,8 @@ def _median_score(params: Params) -> float:
         experiment.model(params, "seed_model"),
         experiment.tokenizer(params, "seed_model"),
         experiment.conversations(params),
-        variant=section.variant,
-        head_reduction=section.head_reduction,
+        section,
         max_length=params.conversations.max_length,
-        token_budget=section.token_budget,
         shard_dir=params.output_dir / "work" / "scores",
         progress=False,
     )

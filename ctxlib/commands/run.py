@@ -19,17 +19,13 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from ctxlib.files import disk_space, file_digest, write
-from ctxlib.params import InputError, Params, load_params
+from ctxlib.params import InputError, NotebookError, Params, load_params
 from ctxlib.results import code_version, gather_claims, gather_evidence, short_path, to_json
 
 MEMORY_ADVICE = (
-    "where memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
-    "conversations.max_length; what is finished is not done again"
+    "if memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
+    "conversations.max_length; finished work is not repeated"
 )
-
-
-class NotebookError(RuntimeError):
-    """A notebook failed for a reason other than bad input. The command line exits with 1."""
 
 
 def run_notebook(
@@ -41,8 +37,8 @@ def run_notebook(
     """Executes a notebook on an experiment's parameters and gives the path of the executed copy.
 
     The copy goes to `out_path` (default `outputs/<experiment>/<notebook>.ipynb`) when every code cell has completed; a
-    failed one goes beside it as `<notebook>.failed.ipynb`. A success is entered into the experiment's `manifest.json`
-    and leaves a receipt in `work/receipts/`, which is what the Snakefile waits for.
+    failed one goes next to it as `<notebook>.failed.ipynb`. A success is recorded in the experiment's `manifest.json`
+    and leaves a receipt in `work/receipts/`, which the Snakefile waits for.
 
     Raises InputError for bad parameters, a missing notebook or folder, and for an InputError in a cell (nothing is
     left behind then); NotebookError when a cell fails or does not run.
@@ -91,7 +87,7 @@ def run_notebook(
             running.replace(failed)
         _remove_empty(params.output_dir, made)
         if isinstance(error, DeadKernelError):
-            ended = "its Python was ended from outside, mostly because memory ran out"
+            ended = "the kernel died, most likely out of memory"
             raise NotebookError(f"{notebook}: {ended}; {MEMORY_ADVICE}; see {failed}") from None
         raise
     running.unlink()
@@ -118,7 +114,7 @@ def _read_notebook(notebook: Path) -> NotebookNode:
 
 
 def _check_completed(executed: NotebookNode, notebook: Path) -> None:
-    """`SystemExit(0)` in a cell ends a notebook early and papermill calls it a success: we do not."""
+    """`SystemExit(0)` in a cell ends a notebook early; papermill calls that a success, we do not."""
     for number, cell in enumerate((cell for cell in executed.cells if cell.cell_type == "code"), start=1):
         errors = [output.ename for output in cell.outputs if output.output_type == "error"]
         if errors or (cell.source.strip() and cell.metadata.papermill.status != "completed"):
@@ -127,12 +123,15 @@ def _check_completed(executed: NotebookNode, notebook: Path) -> None:
 
 
 def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float) -> None:
-    """Enters the run into `manifest.json`; the peak is that of the largest process this one has waited for."""
+    """Records the run in `manifest.json`; the peak memory is that of the largest child process so far."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak_memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
     name = notebook.stem
     journal = _read_json(params.output_dir / "work" / "journal" / f"{name}.json")
-    inputs = {short_path(params, path): file_digest(path) for path in (notebook, params.root / params.file)}
+    inputs = {
+        short_path(params, path): file_digest(path)
+        for path in (notebook, *(params.root / file for file in params.files))
+    }
     inputs |= journal.get("inputs", {})
     outputs = {short_path(params, out_path): file_digest(out_path)} | journal.get("outputs", {})
     entry = {
@@ -187,7 +186,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _remove_empty(output_dir: Path, made: list[Path]) -> None:
-    """Takes back the folders that a run on bad input made and did not fill."""
+    """Removes the empty folders that a run on bad input left."""
     work = output_dir / "work"
     for folder in (work / "journal", work / "receipts", work, output_dir, *made):
         if folder.is_dir() and not any(folder.iterdir()):

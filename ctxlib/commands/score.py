@@ -1,10 +1,10 @@
-"""A folder of scores: made from conversations, taken up again after a stop, read back, and used to mark the data.
+"""A folder of scores: computed from conversations, resumed when interrupted, read back, and used to mark the data.
 
     prepare(Settings(model="./model", data="chats.jsonl")).score("scores")
     mark_data("scores", "marked.jsonl", threshold=0.6)
 
 The folder holds `scores.parquet` (the frame of `score_corpus`), `scores.json` (the manifest, written last),
-`dropped_rows.csv`, and `parts/`, which lets a stopped run go on and can be deleted afterwards.
+`dropped_rows.csv`, and `parts/`, from which an interrupted run resumes and which can be deleted afterwards.
 """
 
 import json
@@ -13,25 +13,26 @@ import platform
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import pandas as pd
+from pydantic import Strict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ctxlib.conversations import Corpus, data_files, is_hub_dataset, load_conversations, save_conversations
+from ctxlib.commands.settings import ScoredRows, ScoreRun
+from ctxlib.conversations import Corpus, data_files, load_conversations, save_conversations
 from ctxlib.files import digest, file_digest, write
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
-from ctxlib.models import DTYPES, load_config, load_model, load_tokenizer, require_chat_template
+from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
-from ctxlib.params import InputError, Variant
+from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, Variant, locate, nowhere
 from ctxlib.results import to_json
 from ctxlib.scoring import (
-    HeadReduction,
     answered_turns,
     checked_layers,
     checked_length,
@@ -44,43 +45,27 @@ Share = tuple[int, int]  # (i, n): the i-th of n, counted from 1
 PACKAGES = ("ctxlib", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "datasets", "pandas")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the scores.
+class Settings(Loading, ScoredRows, ScoreRule, ScoreRun):
+    """Everything that decides the scores.
 
     layers: numbers from 0, "all", or None for the paper's layer, to scale (`paper_layer`).
-    max_length: tokens of a conversation that are looked at; None for all of the model's positions ("authors_code":
-    2047). The rest is explained where it is used: `load_model`, `load_tokenizer`, `load_conversations`, `score_corpus`.
     """
 
     model: str
     data: str
-    layers: Sequence[int] | Literal["all"] | None = None
-    variant: Variant = "standard"
-    head_reduction: HeadReduction = "max_then_mean"
-    max_length: int | None = None
-    token_budget: int | None = None
-    conversations_per_part: int = 256
-    dtype: str = "float32"
-    quantisation: str | None = None
-    attention: str = "sdpa"
-    chat_template: str | None = None
-    revision: str | None = None
-    format: str | None = None
-    split: str = "train"
-    on_bad_row: str = "error"
-    max_bad_rows: float = 0.05
-    remove_refusals: bool = False
-    limit: int | None = None
+    layers: Annotated[tuple[Layer, ...], Strict(False)] | Literal["all"] | None = None
 
     def load_data(self) -> Corpus:
         rules = ("format", "split", "on_bad_row", "max_bad_rows", "remove_refusals", "limit")
         return load_conversations(self.data, **{name: getattr(self, name) for name in rules})
 
+    def changed(self, **changes: Any) -> "Settings":
+        return Settings(**self.model_dump() | changes)
+
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of `Prepared.score` did. `manifest` is None while the parts of `missing_shares` are not there."""
+    """The result of one call of `Prepared.score`. `manifest` is None while parts of `missing_shares` are missing."""
 
     manifest: dict[str, Any] | None
     scores: pd.DataFrame
@@ -89,9 +74,9 @@ class Run:
     seconds: float
 
     def summary(self) -> list[str]:
-        """What was done, in a few lines for a person."""
+        """A summary in a few lines."""
         speed = f"{self.tokens:,} tokens in {self.seconds:,.1f} s ({self.tokens / self.seconds:,.0f} tokens/s)"
-        lines = [speed if self.tokens else "no new tokens: all parts were there"]
+        lines = [speed if self.tokens else "no new tokens: all parts existed"]
         if self.manifest is None:
             shares = ", ".join(f"{i}/{n}" for i, n in self.missing_shares)
             return [*lines, f"not complete: still to be run, with the same --out: --shard {shares}"]
@@ -109,7 +94,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings that were checked and filled in, with the data and the tokenizer; the weights are not loaded yet."""
+    """Checked and completed settings with data and tokenizer; the weights are not loaded yet."""
 
     settings: Settings
     depth: int
@@ -122,7 +107,7 @@ class Prepared:
         return sum(len(answered_turns(conversation)) for conversation in self.corpus.conversations)
 
     def description(self) -> list[str]:
-        """What will be scored and how, in a few lines for a person; the first dropped rows among them."""
+        """What will be scored and how, in a few lines, with the first dropped rows."""
         settings, listed = self.settings, self.corpus.dropped_rows
         lines = [
             f"{settings.data}: {len(self.corpus):,} conversations ({settings.format}), {self.n_turns:,} answered turns",
@@ -139,12 +124,11 @@ class Prepared:
         return [*lines, f"{settings.model}: layer {layers} (of 0 to {self.depth - 1}{paper}); {how}"]
 
     def score(self, folder: str | Path, share: Share = (1, 1), progress: bool = True) -> Run:
-        """Scores one share of the parts and, when the parts of all shares are there, writes the folder's files.
+        """Scores one share of the parts and, when the parts of all shares exist, writes the folder's files.
 
-        Parts are kept under a hash of everything that decides the scores, so that a stopped run goes on where it was
-        and ends with the same bytes, and other settings start anew. The token budget is none of these: where memory ran
-        out, a smaller one goes on from the parts. Scores that the folder holds are replaced when the
-        new ones are complete, not before.
+        Parts are kept under a hash of everything that decides the scores: an interrupted run resumes and ends with the
+        same bytes; other settings start anew. The token budget is not part of it: if memory runs out, a run with a
+        smaller one resumes from the parts. Scores in the folder are replaced only when the new ones are complete.
 
         Raises InputError for a folder that cannot be written or holds the data, for a model that is not loadable or
         whose attention cannot be recorded, for a score that is not a number, and when no turn could be scored.
@@ -166,8 +150,16 @@ class Prepared:
         }
         how = {name: getattr(settings, name) for name in _HOW}
         parts = folder / "parts" / digest([identity, how, settings.dtype, settings.quantisation, settings.attention])
-        call = {"model": model, "tokenizer": self.tokenizer, "corpus": self.corpus, "shard_dir": parts, **how}
-        call |= {"weights": identity["weights"], "token_budget": settings.token_budget}
+        rule = Scoring(**{name: getattr(settings, name) for name in ScoreRule.model_fields})
+        call = {
+            "model": model,
+            "tokenizer": self.tokenizer,
+            "corpus": self.corpus,
+            "settings": rule,
+            "shard_dir": parts,
+        }
+        call |= {name: getattr(settings, name) for name in ("layers", "max_length", "conversations_per_part")}
+        call |= {"weights": identity["weights"]}
 
         there_before = set(_part_files(parts))
         began = time.perf_counter()
@@ -201,7 +193,7 @@ class Prepared:
             raise InputError(f"{folder}: no folder to write the scores to: {error.strerror}; choose another") from error
 
     def _missing(self, parts: Path, shares: int) -> list[Share]:
-        """The shares that have parts which are not there."""
+        """The shares that have missing parts."""
         there = {int(re.sub(r"\D", "", part.stem)) for part in _part_files(parts)}
         wanted = range(math.ceil(len(self.corpus) / self.settings.conversations_per_part))
         return [(i + 1, shares) for i in sorted({number % shares for number in wanted if number not in there})]
@@ -209,7 +201,7 @@ class Prepared:
     def _manifest(self, identity: dict[str, str], scores: pd.DataFrame) -> dict[str, Any]:
         dropped = self.corpus.dropped
         return {
-            "settings": asdict(self.settings),
+            "settings": self.settings.model_dump(mode="json"),
             "identity": identity,
             "data_sha256": self.files,
             "counts": {
@@ -245,18 +237,11 @@ class Marked:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Checks everything that can be told without the model's weights; layers, max_length and format are filled in.
+    """Checks everything that can be checked without the weights; completes layers, max_length and format.
 
-    Raises InputError for a setting out of range, a model, tokenizer, chat template or data that is not there or not
-    usable, a layer that the model does not have, and data without a turn to score.
+    Raises InputError for a model, tokenizer, chat template or data that is missing or not usable, a layer that the
+    model does not have, and data without a turn to score.
     """
-    choices = {"variant": get_args(Variant), "head_reduction": get_args(HeadReduction), "dtype": tuple(DTYPES)}
-    for name, allowed in choices.items():
-        if (value := getattr(settings, name)) not in allowed:
-            raise InputError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
-    for name in ("max_length", "token_budget", "conversations_per_part", "limit"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise InputError(f"{name} {value}: give a number from 1 on")
     model = model_source(settings.model)
     config = load_config(model, revision=settings.revision)
     depth, positions = (getattr(config, name, None) for name in ("num_hidden_layers", "max_position_embeddings"))
@@ -270,8 +255,7 @@ def prepare(settings: Settings) -> Prepared:
     require_chat_template(tokenizer)
     corpus = settings.load_data()
     prepared = Prepared(
-        settings=replace(
-            settings,
+        settings=settings.changed(
             layers=layers,
             max_length=checked_length(settings.max_length, positions, settings.variant),
             format=corpus.format,
@@ -288,7 +272,7 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def _check_layer_types(config: PreTrainedConfig, layers: Sequence[int]) -> None:
-    """Raises InputError for layers without attention, where the configuration tells of which type they are."""
+    """Raises InputError for layers without attention, if the configuration gives their types."""
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     with_attention = [layer for layer, type in enumerate(types) if type not in ("linear_attention", "conv", "moe")]
     if missing := [layer for layer in layers if layer not in with_attention]:
@@ -297,7 +281,7 @@ def _check_layer_types(config: PreTrainedConfig, layers: Sequence[int]) -> None:
 
 
 def parse_share(text: str) -> Share:
-    """(2, 4) of "2/4". Raises InputError for what is no share; they are counted from 1."""
+    """(2, 4) of "2/4". Raises InputError for anything else; shares are 1-based."""
     found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     share = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= share[0] <= share[1]:
@@ -306,7 +290,7 @@ def parse_share(text: str) -> Share:
 
 
 def parse_layers(texts: list[str] | None) -> tuple[int, ...] | Literal["all"] | None:
-    """(3, 4) of ["3", "4"], "all" of ["all"], None of nothing. Raises InputError for what is no layer."""
+    """(3, 4) of ["3", "4"], "all" of ["all"], None of nothing. Raises InputError for anything else."""
     if not texts:
         return None
     if texts == ["all"]:
@@ -319,19 +303,19 @@ def parse_layers(texts: list[str] | None) -> tuple[int, ...] | Literal["all"] | 
 def read_scores(folder: str | Path) -> tuple[pd.DataFrame, Settings, dict[str, Any]]:
     """Scores, their settings and the whole manifest of a folder.
 
-    Raises InputError where they are missing, unreadable or do not belong together.
+    Raises InputError if they are missing, unreadable or do not belong together.
     """
     folder = Path(folder)
     again = f"run 'ctxlib score … --out {folder}' (again)"
     if not (folder / "scores.json").is_file() or not (folder / "scores.parquet").is_file():
-        raise InputError(f"{folder}: no complete scores there (scores.json and scores.parquet); {again}")
+        raise InputError(f"{folder}: no complete scores (scores.json and scores.parquet); {again}")
     try:
         manifest = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         settings, scores_sha256 = Settings(**manifest["settings"]), manifest["scores_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'scores.json'}: not a manifest of scores; {again}") from error
     if file_digest(folder / "scores.parquet") != scores_sha256:
-        raise InputError(f"{folder}: scores.parquet is not the file that scores.json tells of; {again}")
+        raise InputError(f"{folder}: scores.parquet is not the file that scores.json describes; {again}")
     return pd.read_parquet(folder / "scores.parquet"), settings, manifest
 
 
@@ -345,10 +329,10 @@ def mark_data(
     variant: Variant | None = None,
     data: str | None = None,
 ) -> Marked:
-    """Writes the data of a folder of scores to `out` (.jsonl, .json, .parquet), marked where a score is over threshold.
+    """Writes the data of a folder of scores to `out` (.jsonl, .json, .parquet), marked if a score is over threshold.
 
     threshold: in [0, 1]; or fraction: the top share of scored turns, in [0, 1]. One of the two.
-    layer: may be left out where one was scored. variant: of `indicator.mark`; by default that of the scores.
+    layer: may be left out if only one was scored. variant: of `indicator.mark`; by default that of the scores.
     data: where the data are now, if they were moved; they must be the same, byte by byte.
 
     Raises InputError as `read_scores`, `load_conversations`, `mark` and `save_conversations` do, for data that are not
@@ -366,13 +350,16 @@ def mark_data(
         raise InputError(f"{folder}: layer {layer} was not scored; there is {', '.join(map(str, settings.layers))}")
     if fraction is not None:
         threshold = threshold_for_fraction(scores, fraction, layer=layer)
-    settings = replace(settings, data=data or settings.data)
-    if not is_hub_dataset(settings.data) and not Path(settings.data).expanduser().exists():
-        raise InputError(f"{settings.data}: the data that {folder} holds scores of are not there; say where (data)")
+    settings = settings.changed(data=data or settings.data)
+    place = locate(settings.data)
+    if place == "nowhere":
+        raise InputError(
+            nowhere(settings.data, f"it holds the data that {folder} has scores of: name its new place (data)")
+        )
     changed = f"{settings.data}: not the data that {folder} holds scores of; bring these back, or score the new data"
     if sorted(_file_digests(settings.data).values()) != sorted(manifest["data_sha256"].values()):
         raise InputError(changed)
-    sources = [] if is_hub_dataset(settings.data) else data_files(settings.data)
+    sources = [] if place == "hub" else data_files(settings.data)
     if Path(out).resolve() in [path.resolve() for path in (Path(folder) / "scores.parquet", *sources)]:
         raise InputError(f"{out}: the marks are made from this file; choose another name")
     corpus = settings.load_data()
@@ -385,8 +372,8 @@ def mark_data(
 
 
 def _file_digests(source: str) -> dict[str, str]:
-    """sha256 of every data file by name; nothing for a dataset of the hub, which only its conversations can tell."""
-    if is_hub_dataset(source):
+    """sha256 of every data file by name; none for a dataset on the hub, which is compared by its conversations."""
+    if locate(source) == "hub":
         return {}
     return {path.name: file_digest(path) for path in data_files(source)}
 

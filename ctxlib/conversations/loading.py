@@ -12,9 +12,13 @@ import pandas as pd
 
 from ctxlib.conversations.types import Conversation, Corpus, Message, no_rows
 from ctxlib.files import AGAIN, check_is_itself, hub_remedy, one_line, read_json, replacing
-from ctxlib.params import InputError
+from ctxlib.params import InputError, locate, nowhere
 
-FORMATS = {"messages": "messages", "sharegpt": "conversations", "instruction": "instruction"}  # the key that tells it
+FORMATS = {
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "instruction": "instruction",
+}  # format: the key that identifies it
 SPEAKERS = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -44,23 +48,24 @@ def load_conversations(
     split: str = "train",
     revision: str | None = None,
 ) -> Corpus:
-    """Conversations of a .json, .jsonl or .parquet file, of a folder of such files, or of a hub's dataset `owner/name`.
+    """Conversations of a .json, .jsonl or .parquet file, of a folder of them, or of a dataset on the hub.
 
-    Formats, told by the keys of the first good row unless forced by `format`: `sharegpt` (conversations: from, value),
-    `messages` (messages: role, content; also what `save_conversations` writes) and `instruction` (instruction, input,
-    output; instruction and input are joined by an empty line). A row without an id is named by its number, from 1. Of
-    a folder the files are read in the order of their names; of a hub's dataset, the `split` at the `revision`.
+    Formats, recognised by the keys of the first good row unless forced by `format`: `sharegpt` (conversations: from,
+    value), `messages` (messages: role, content; also the format of `save_conversations`) and `instruction`
+    (instruction, input, output; instruction and input are joined by an empty line). A row without an id is named by its
+    number, from 1. The files of a folder are read in the order of their names; of a hub dataset, the `split` at the
+    `revision` is read.
 
     A row is bad if a line is no JSON, a key is missing, a text is not a string or not valid Unicode, a role is unknown,
     a turn is empty, it starts with the assistant, has no user turn, has the same role twice in a row or a system text
     after the first message, or has the id of an earlier row. With `on_bad_row="error"` the first one raises; with
-    `"drop"` leading answers (paper: chunks without a user instruction) and an empty system text are taken away, every
-    other bad row is dropped whole, counted by reason and listed. More than the fraction `max_bad_rows` of bad rows
-    raises. `remove_refusals` drops conversations with a refusal among the answers (`REFUSALS`, anywhere in them,
-    whatever the case), in either mode; they are listed, too, but not bad. `limit` stops after so many good ones.
+    `"drop"` leading answers (paper: chunks without a user instruction) and an empty system text are removed; every
+    other bad row is dropped whole, counted by reason and listed. A fraction of bad rows over `max_bad_rows` raises.
+    `remove_refusals` drops conversations with a refusal among the answers (`REFUSALS`, anywhere in them, in upper or
+    lower case), in either mode; they are listed but do not count as bad. `limit` stops after this many good ones.
 
     Raises InputError, naming file, row and key, for a bad row, too many of them, an unreadable file, a file in none of
-    the formats, and a dataset that the hub does not give.
+    the formats, and a dataset that cannot be loaded from the hub.
     """
     if on_bad_row not in ("error", "drop"):
         raise InputError(f"on_bad_row: expected 'error' or 'drop', got '{on_bad_row}'")
@@ -111,7 +116,7 @@ def load_conversations(
 def save_conversations(corpus: Corpus, path: str | Path) -> None:
     """Writes the conversations, whole or not at all, so that `load_conversations` reads them back.
 
-    Raises InputError unless the file is to be a .jsonl, .json or .parquet one, and where the disk is full.
+    Raises InputError for another suffix than .jsonl, .json or .parquet, and if the disk is full.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
@@ -138,18 +143,18 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
 
 
 def is_hub_dataset(source: str | Path) -> bool:
-    """True for `owner/name` where no file or folder of that name is here, and the name is not a data file's."""
-    text = str(source)
-    elsewhere = isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    return elsewhere and not text.endswith("/") and Path(text).suffix not in _READERS and not Path(text).exists()
+    """True for a dataset on the hub, see `locate`."""
+    return locate(source) == "hub"
 
 
 def data_files(source: str | Path) -> list[Path]:
     """The files that `load_conversations` reads, in its order: the file itself, or the data files of a folder.
 
-    Raises InputError where there are none.
+    Raises InputError if there are none.
     """
     path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(nowhere(source))
     kinds = ", ".join(_READERS)
     if path.is_dir():
         files = sorted(inner for inner in path.iterdir() if inner.suffix in _READERS and inner.is_file())
@@ -157,9 +162,7 @@ def data_files(source: str | Path) -> list[Path]:
             raise InputError(f"{source}: no data file in this folder (looked for {kinds})")
         return files
     if path.suffix not in _READERS:
-        raise InputError(
-            f"{source}: expected a .json, .jsonl or .parquet file, a folder of them, or a hub's owner/name"
-        )
+        raise InputError(f"{source}: expected a .json, .jsonl or .parquet file, a folder of them, or a hub id")
     return [path]
 
 
@@ -174,7 +177,7 @@ class _BadRow(Exception):
 
 
 def _rows(source: str | Path, split: str, revision: str | None) -> Iterator[tuple[str, object]]:
-    """Each row, or the `_BadRow` that it is, with the words that name its place."""
+    """Each row, or its `_BadRow`, with its place in words."""
     if is_hub_dataset(source):
         yield from hub_rows(str(source), split, "or name a local .json, .jsonl or .parquet file", revision)
         return
@@ -191,10 +194,10 @@ def _rows(source: str | Path, split: str, revision: str | None) -> Iterator[tupl
 
 
 def hub_rows(name: str, split: str, remedy: str, revision: str | None = None) -> Iterator[tuple[str, object]]:
-    """Each row of a hub's dataset `owner/name`, with the words that name its place.
+    """Each row of a dataset on the hub, with its place in words.
 
-    Of a dataset that is a loading script, which is never run, the rows come from the hub's own conversion to Parquet.
-    Raises InputError, ending with the `remedy`, where the hub does not give them.
+    Loading scripts are never run: the rows of such a dataset come from the hub's own conversion to Parquet.
+    Raises InputError, ending with the `remedy`, if they cannot be loaded.
     """
     import datasets  # takes seconds to import, and few need it
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ctxlib.params import InputError
+from ctxlib.params import EMBEDDED, InputError, locate
 
 MODELS = Path(__file__).parent / "models"
-PREFIX = "miniature:"
+PREFIX = f"{EMBEDDED}:"
 
 
 def model_source(name: str) -> str:
@@ -13,7 +13,7 @@ def model_source(name: str) -> str:
 
     Raises InputError for a model that the miniature does not have.
     """
-    if not name.startswith(PREFIX):
+    if locate(name) != "embedded":
         return name
     embedded = {folder.parent.name: folder.parent for folder in sorted(MODELS.glob("*/config.json"))}
     try:

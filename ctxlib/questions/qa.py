@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ctxlib.conversations import Message, Question, hub_rows, is_hub_dataset
+from ctxlib.conversations import Message, Question, hub_rows
 from ctxlib.files import read_json
 from ctxlib.metrics import CANNOTANSWER, quac_references
-from ctxlib.params import InputError, Variant
+from ctxlib.params import InputError, Variant, locate, nowhere
 
 PASSAGE_PROMPT = "{context}\nAnswer the question according to the above passage: {question}"
 PIECES_PROMPT = "{context}\nAnswer the question with pieces from the above passage: {question}"  # QuAC
@@ -43,22 +43,25 @@ def load_questions(
 ) -> list[Question]:
     """Questions about passages, ready to be answered and scored: all of them, or `n` drawn by the seed.
 
-    `source` is an official JSON file (SQuAD v1.1, v2.0, QuAC, DROP; told by its content) or a hub's `owner/name`, of
-    which the `split` is read: rajpurkar/squad, rajpurkar/squad_v2, allenai/quac, EleutherAI/drop and others of their
-    columns. The family is `qa`, the kind `squad`, `squad_v2`, `quac` or `drop`, with `_no_answer` added where the
-    passage holds no answer (of QuAC: where most annotators found none).
+    `source` is an official JSON file (SQuAD v1.1, v2.0, QuAC, DROP; recognised by its content) or a hub id, of which
+    the `split` is read: squad, rajpurkar/squad_v2, allenai/quac, EleutherAI/drop and others with their columns. The
+    family is `qa`, the kind `squad`, `squad_v2`, `quac` or `drop`, with `_no_answer` added if the passage holds no
+    answer (of QuAC: if most annotators found none).
 
     `prompt` is `instruction`, as for the paper's ShareGPT and WizardLM models, or `plain`, context and question only,
-    as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters for QuAC alone, whose passage stands
-    behind title and background. `authors_code`: the first question of each dialogue, the final CANNOTANSWER taken from
-    the passage, the prompt with its doubled "the". `standard`: every question, behind the earlier ones with their
-    answers as turns, and CANNOTANSWER left as the piece to answer with where there is no answer; dialogues stay whole,
-    so that as many are drawn as fit into `n` questions.
+    as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters only for QuAC, whose passage follows
+    title and background. `authors_code`: the first question of each dialogue, the final CANNOTANSWER taken from
+    the passage, the prompt with its doubled "the". `standard`: every question, after the earlier ones with their
+    answers as turns, and CANNOTANSWER kept as the piece to answer with if there is no answer; dialogues stay whole: as
+    many are drawn as fit into `n` questions.
 
-    Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub's dataset
-    that tells too little to score, and an `n` too small for one dialogue.
+    Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub dataset
+    with too little information to score, and an `n` too small for one dialogue.
     """
-    if is_hub_dataset(source):
+    place = locate(source)
+    if place == "nowhere":
+        raise InputError(nowhere(source, f"{_REMEDY}, or a hub id"))
+    if place == "hub":
         units = list(_hub_units(str(source), split, variant))
     else:
         units = list(_file_units(Path(source).expanduser(), variant))

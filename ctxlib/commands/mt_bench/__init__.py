@@ -16,7 +16,6 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
@@ -32,10 +31,11 @@ from ctxlib.commands.mt_bench.judgements import (
 )
 from ctxlib.commands.mt_bench.questions import WITH_REFERENCE, Bench, Task, load_mt_bench
 from ctxlib.commands.mt_bench.ratings import question_ratings, spent, summarise_ratings
+from ctxlib.commands.settings import Answering
 from ctxlib.files import file_digest, read_json_object, write
 from ctxlib.miniature import model_source
 from ctxlib.models import Subject, load_model, load_tokenizer, model_hash, require_chat_template
-from ctxlib.params import InputError, Variant
+from ctxlib.params import InputError, Loading
 from ctxlib.results import to_json
 
 __all__ = [
@@ -66,16 +66,9 @@ def evaluate(
     bench: Bench,
     judge: Judge,
     out: str | Path,
+    answering: Answering,
+    loading: Loading,
     *,
-    variant: Variant = "standard",
-    indicator: str | None = None,
-    max_new_tokens: int = 1024,
-    batch_size: int = 8,
-    dtype: str = "float32",
-    quantisation: str | None = None,
-    attention: Literal["sdpa", "eager"] = "sdpa",
-    chat_template: str | Path | None = None,
-    revision: str | None = None,
     prices: tuple[int | float, int | float] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, int | float]]:
     """MT-Bench of a model, into a folder: the summary, and what the judging took (`spent`).
@@ -90,25 +83,30 @@ def evaluate(
     out = Path(out)
     client = open_judge(judge)
     source = model_source(model)
-    tokenizer = load_tokenizer(source, chat_template=chat_template, revision=revision)
+    tokenizer = load_tokenizer(source, chat_template=loading.chat_template, revision=loading.revision)
     require_chat_template(tokenizer)
-    key = model_hash(source, revision=revision)
+    key = model_hash(source, revision=loading.revision)
     _check_folder(out, key)
-    loaded = load_model(source, dtype=dtype, quantisation=quantisation, attention=attention, revision=revision)
+    loaded = load_model(
+        source,
+        dtype=loading.dtype,
+        quantisation=loading.quantisation,
+        attention=loading.attention,
+        revision=loading.revision,
+    )
     answers = answer_turns(
         Subject(model, loaded, tokenizer, key),
         bench,
-        variant=variant,
-        indicator=indicator,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        variant=answering.variant,
+        indicator=answering.indicator,
+        max_new_tokens=answering.max_new_tokens,
+        batch_size=answering.batch_size,
         cache_dir=out / "cache",
     )
     ratings = judge_answers(answers, bench, judge, out / "judgements.jsonl", client=client)
     summary, taken = summarise_ratings(ratings), spent(ratings, prices)
-    settings = {"model": model, "model_hash": key, "variant": variant, "indicator": indicator, "dtype": dtype}
-    settings |= {"max_new_tokens": max_new_tokens, "quantisation": quantisation, "attention": attention}
-    settings |= {"revision": revision, "chat_template": tokenizer.chat_template, "judge": asdict(judge)}
+    settings = {"model": model, "model_hash": key, **answering.model_dump(exclude={"batch_size"})}
+    settings |= {**loading.model_dump(), "chat_template": tokenizer.chat_template, "judge": asdict(judge)}
     manifest = {
         "settings": settings,
         "corrected_references": list(bench.corrected),

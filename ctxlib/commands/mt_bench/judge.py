@@ -2,34 +2,11 @@
 
 import ipaddress
 import os
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from ctxlib.commands.settings import Judge
 from ctxlib.params import InputError
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The judge, and how it is asked.
-
-    base_url: of OpenAI, or of a server of your own ("http://localhost:8000/v1"). The key is read from the environment
-    variable `api_key_variable`; a server on this machine or in a private network needs none.
-    temperature, max_tokens: of a judgement; None leaves them to the server (some models take no others).
-    repeats: judgements per answer. workers: requests at a time.
-    timeout: seconds that a request may take. max_retries: after a time-out, a lost connection, or a busy or failing
-    server, with the client's growing pauses.
-    """
-
-    model: str
-    base_url: str = "https://api.openai.com/v1"
-    api_key_variable: str = "OPENAI_API_KEY"
-    temperature: int | float | None = 0.0
-    max_tokens: int | None = 2048
-    repeats: int = 1
-    workers: int = 4
-    timeout: int | float = 300.0
-    max_retries: int = 5
 
 
 def open_judge(judge: Judge) -> Any:

@@ -16,7 +16,7 @@ from ctxlib.commands.plan.memory import Footprint, footprints, remedies, replace
 from ctxlib.commands.plan.questions import CHARACTERS_PER_TOKEN, Texts, needle_cost, question_texts
 from ctxlib.commands.plan.sources import Source, find_model
 from ctxlib.commands.plan.steps import Step, afterwards, conversation_texts, steps
-from ctxlib.params import MODEL_ROLES, TRAINED_MODELS, InputError, Params, is_hub_id
+from ctxlib.params import MODEL_ROLES, TRAINED_MODELS, InputError, Params
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
         return found
 
     def on_hub(self, name: str) -> bool:
-        return is_hub_id(name) and not self.params.path(name).exists()
+        return self.params.locate(name) == "hub"
 
     @property
     def data_on_hub(self) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctxlib import experiment
 from ctxlib.conversations import Message, Question
-from ctxlib.params import Needle, Params, Qa, is_hub_id
+from ctxlib.params import Needle, Params, Qa, locate
 from ctxlib.questions.needle import AUTHORS_BUFFER, PROMPTS
 from ctxlib.roles import role_map
 
@@ -184,7 +184,7 @@ def _of_sources(params: Params, sources: list[str]) -> Params:
 def _assumed(source: str, section: Qa) -> Texts:
     """What a source that is not here is taken to hold, by its name."""
     name = _named(Path(source).name) or _named(source)
-    if name is None or (is_hub_id(source) and section.split != "validation"):
+    if name is None or (locate(source) == "hub" and section.split != "validation"):
         known = DEVELOPMENT_SETS["squad"]
         return Texts(section.n, known.length, known.longest, f"not here: at most qa.n, taken to be like {known.title}")
     known = QUAC_FIRST if name == "quac" and section.variant == "authors_code" else DEVELOPMENT_SETS[name]

@@ -11,7 +11,7 @@ from huggingface_hub.errors import CacheNotFound
 from ctxlib import experiment
 from ctxlib.commands.plan.network import KNOWN, Network, as_config, count
 from ctxlib.models import TOKENIZER_FILES, adapter_base, is_adapter
-from ctxlib.params import InputError, Params, is_hub_id
+from ctxlib.params import InputError, Params, locate, nowhere
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def find_model(params: Params, which: str) -> Source:
         base = find_model(params, "pretrained")
         return Source(name, "still to be trained, by 03", base.network, adapter=params.finetune.method != "full")
     if f"models.{which}" in params.missing_inputs():
-        raise InputError(f"{key}: no folder '{name}'; {params.remedy(f'models.{which}')}")
+        raise InputError(f"{key}: {nowhere(name, params.remedy(f'models.{which}'))}")
     if name.startswith(f"{experiment.EMBEDDED}:"):
         folder = Path(experiment.model_path(params, which))
         return Source(name, "embedded", _read(folder, key), folder=folder)
@@ -55,7 +55,7 @@ def find_model(params: Params, which: str) -> Source:
     if not is_adapter(folder):
         return Source(name, "a folder here", _read(folder, key), folder=folder)
     base = adapter_base(folder)
-    found = _on_hub(base, None, key) if is_hub_id(base) and not Path(base).exists() else None
+    found = _on_hub(base, None, key) if locate(base) == "hub" else None
     network = found.network if found else _read(Path(base), key)
     where = f"an adapter here, over {base}" + (f" ({found.where})" if found and found.to_download else "")
     return Source(name, where, network, found.to_download if found else 0, folder, adapter=True)
