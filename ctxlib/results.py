@@ -53,7 +53,11 @@ class Results:
         Returns the table as a notebook displays it: its first 12 rows, and a link to the whole of it if there are more.
         """
         self._table(frame, self.folder / "tables" / name, title, self.provenance)
-        return Shown(frame, f"tables/{name}.csv")
+        return self.show(frame, name)
+
+    def show(self, frame: pd.DataFrame, whole: str) -> "Shown":
+        """A frame as a notebook displays it: its first 12 rows, and a link to the table `whole` if there are more."""
+        return Shown(frame, f"tables/{whole}.csv")
 
     def figure(self, figure: Figure, name: str, title: str) -> Figure:
         """Writes `figures/<name>.png` (150 dpi) and `.svg`, with the title above and the provenance below.

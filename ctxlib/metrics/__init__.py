@@ -1,6 +1,6 @@
 """Answer metrics, intervals, and how well scores separate and agree."""
 
-from ctxlib.metrics.agreement import layer_agreement, score_agreement
+from ctxlib.metrics.agreement import AGREEMENT, layer_agreement, score_agreement
 from ctxlib.metrics.answers import (
     ANSWER_METRICS,
     CANNOTANSWER,
@@ -38,6 +38,7 @@ from ctxlib.metrics.intervals import (
     paired_difference,
     seed_differences,
     summarise,
+    summarise_each,
     wilson_interval,
 )
 from ctxlib.metrics.separation import (
@@ -53,6 +54,7 @@ from ctxlib.metrics.separation import (
 )
 
 __all__ = [
+    "AGREEMENT",
     "ANSWER_METRICS",
     "CANNOTANSWER",
     "CHANGE",
@@ -96,6 +98,7 @@ __all__ = [
     "separation",
     "squad_v2_scores",
     "summarise",
+    "summarise_each",
     "token_f1",
     "until_stop",
     "wilson_interval",

@@ -38,15 +38,18 @@ def holds(low: float, high: float, threshold: float, side: Side = "above") -> bo
     return bool(low > threshold if side == "above" else high < threshold)
 
 
-def in_words(row: Any, spec: str = "+.2f", *, of: str | None = None) -> str:
+def in_words(row: Any, spec: str = "+.2f", *, of: str | None = None, p: bool = False) -> str:
     """A mean and its interval for a sentence: "+0.12 [+0.08, +0.16]"; without the brackets if there is no interval.
 
     row: anything with value, ci_low and ci_high, such as a row of `itertuples()`. `spec` formats all three numbers.
-    `of` adds the row's n: "n" gives ", n = 40", any other word follows the number, as in ", 5 seeds".
+    `p` adds the row's p_value: ", p = 0.02". `of` adds its n: "n" gives ", n = 40", any other word follows the number,
+    as in ", 5 seeds".
     """
     text = format(row.value, spec)
     if not pd.isna(row.ci_low):
         text += f" [{format(row.ci_low, spec)}, {format(row.ci_high, spec)}]"
+    if p:
+        text += f", p = {row.p_value:.2g}"
     if of is None:
         return text
     n = f"{int(row.n):,}"
@@ -144,6 +147,17 @@ def summarise(
         )
         rows.append((*key, metric, float(values.mean()), low, high, n))
     return pd.DataFrame(rows, columns=[*by, "metric", "value", "ci_low", "ci_high", "n"])
+
+
+def summarise_each(
+    frames: Mapping[str, pd.DataFrame], by: str | Sequence[str], metric: str, *, samples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """`summarise` of every frame, one below the other, with the name of each in the last column, `condition`."""
+    parts = [
+        summarise(frame, by, metric, samples=samples, seed=seed).assign(condition=name)
+        for name, frame in frames.items()
+    ]
+    return pd.concat(parts)
 
 
 def paired_changes(

@@ -125,6 +125,6 @@ def stack(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFram
 
 
 def needle_rows(frame: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
-    """The rows with the paper's metric (share of the keywords), or ours if there are none; and whether it is the paper's."""
+    """The rows with the paper's metric, the share of keywords, if there are any, else ours; and which of the two."""
     same = bool((frame.metric == "needle_recall").any())
     return frame[frame.metric == ("needle_recall" if same else "recalled")], same
