@@ -58,7 +58,8 @@ CLAIMS = values(claim=["1 recall falls under the template " * 3, "2 attention to
 RUNS = values(condition=["vanilla", "indicator"], dose=[0.0, 0.5, 0.95], panel=["template", "raw text"])
 FOREST = values(metric=["recall of a needle that contradicts memory " * 2, "known facts"]).assign(threshold=[0.2, 0.9])
 BARS = values(model=["small", "large"], condition=CONDITIONS)
-MANY = values(model=["small", "large", "a name that is long enough to be wrapped"], condition=[*CONDITIONS, "$x", "e"])
+MANY = values(model=["small", "large", "a name that is long enough to be wrapped", "d", "$x"], condition=CONDITIONS)
+FEW = values(model=["small", "large", "third"], condition=[*CONDITIONS, "$x", "e"])
 PAIRS = values(panel=["NIH", "MT-Bench"], row=["a", "b"], side=["paper", "$x"], condition=["vanilla", "[IND]"])
 PAIRS = PAIRS.assign(value=PAIRS["value"] * np.where(PAIRS["panel"] == "NIH", 1, 9))
 DIRECTIONS = values(key=["up", "down", "flat", "bare", "unmeasured"]).assign(
@@ -80,6 +81,9 @@ DRAWN = {
     ),
     "bars_too_many": lambda: figures.bars_with_intervals(
         MANY, x="model", hue="condition", xlabel="model (size)", paper=MANY, runs=MANY
+    ),
+    "bars_of_many_conditions": lambda: figures.bars_with_intervals(
+        FEW, x="model", hue="condition", xlabel="model (size)", paper=FEW, runs=FEW
     ),
     "bars_without_intervals": lambda: figures.bars_with_intervals(
         BARS.assign(ci_low=np.nan, ci_high=np.nan), x="model", hue="condition", xlabel="model (size)", runs=BARS
@@ -231,15 +235,19 @@ def test_pairs_stand_at_their_values_hollow_before_and_filled_after():
         assert hollow == pytest.approx(sorted(part.loc[part["condition"] == "vanilla", "value"]))
 
 
-def test_more_values_than_bars_allow_are_points_at_the_same_values():
-    figure = figures.bars_with_intervals(MANY, x="model", hue="condition", runs=MANY.assign(value=0.5))
-    assert not any(ax.patches for ax in figure.axes)
-    for ax, (name, part) in zip(figure.axes, MANY.groupby("condition", sort=False), strict=False):
-        (points,) = [line for line in ax.lines if line.get_marker() == "o"]
-        assert ax.get_title(loc="left") == name
-        assert list(points.get_xdata()) == part["value"].tolist() and list(points.get_ydata()) == [0, 1, 2]
+@pytest.mark.parametrize(("frame", "panel", "rows"), [(MANY, "condition", "model"), (FEW, "model", "condition")])
+def test_more_values_than_bars_allow_are_points_at_the_same_values(frame, panel, rows):
+    figure = figures.bars_with_intervals(frame, x="model", hue="condition", runs=frame.assign(value=0.5))
+    order = list(frame[rows].unique())
+    for ax, (name, part) in zip(figure.axes, frame.groupby(panel, sort=False), strict=False):
+        assert ax.get_title(loc="left") == name and not ax.patches
+        points = {}
+        for line in ax.lines:
+            if line.get_marker() == "o":
+                points |= dict(zip(line.get_ydata(), line.get_xdata(), strict=True))
+        assert [points[place] for place in range(len(order))] == part.set_index(rows)["value"][order].tolist()
         (dots,) = [line for line in ax.lines if line.get_marker() == "."]
-        assert list(dots.get_xdata()) == [0.5] * 3
+        assert list(dots.get_xdata()) == [0.5] * len(order)
 
 
 def test_a_claim_is_drawn_if_it_was_measured_and_only_then():

@@ -60,34 +60,45 @@ def bars_with_intervals(
 
 def _point_panels(
     frame: pd.DataFrame,
-    row: str,
-    panel: str,
-    labels: tuple[str, str, tuple | None],
+    x: str,
+    hue: str,
+    labels: tuple[str, str, tuple[int | float, int | float] | None],
     colours: Mapping[str, str],
     paper: pd.DataFrame | None,
     runs: pd.DataFrame | None,
 ) -> Figure:
-    """The same values lying down: a panel for each colour, a line for each `row`."""
-    order, (row_label, label, limits) = list(frame[row].unique()), labels
-    columns = min(4, len(colours))
-    height = 0.6 + sum(0.2 + 0.13 * (len(str(name)) // 30) for name in order)
-    lines = -(-len(colours) // columns)
+    """The same values as horizontal points: panels by `hue` and lines by `x`, or the reverse if `x` has no more values.
+
+    So the values to be compared share a panel: many markings by task, or a few conditions by task.
+    """
+    xlabel, label, limits = labels
+    row, panel = (x, hue) if frame[x].nunique() > len(colours) else (hue, x)
+    order, panels = list(frame[row].unique()), list(frame[panel].unique())
+    names = ["\n".join(textwrap.wrap(drawable(str(name)), 30)) for name in order]
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    height = 0.75 + sum(0.2 + 0.13 * name.count("\n") for name in names)
     fig, axes = new_figure(lines, columns, WIDEST, height * lines, sharex=True, sharey=True)
     for place, ax in enumerate(axes.flat):
-        ax.set_visible(place < len(colours))
-    for ax, (name, colour) in zip(axes.flat, colours.items(), strict=False):
-        part = frame[frame[panel] == name].set_index(row).reindex(order)
-        ax.errorbar(part["value"], range(len(order)), xerr=reach(part), fmt="o", color=colour, ms=5, lw=1.3)
+        ax.set_visible(place < len(panels))
+    for ax, name in zip(axes.flat, panels, strict=False):
+        part = frame[frame[panel] == name]
+        for group, colour in colours.items():
+            mine = part[part[hue] == group]
+            places = mine[row].map(order.index)
+            ax.errorbar(mine["value"], places, xerr=reach(mine), fmt="o", color=colour, ms=5, lw=1.3)
         for others, mark, ink in ((runs, ".", INK), (paper, "|", GREY)):
-            dots = None if others is None else others[(others[panel] == name) & others[row].isin(order)]
-            if dots is not None:
+            if others is not None:
+                dots = others[(others[panel] == name) & others[row].isin(order)]
                 ax.plot(dots["value"], dots[row].map(order.index), mark, color=ink, ms=4, alpha=0.6, zorder=1)
-        ax.set(title=drawable(str(name)), xlim=limits, xlabel=label.replace(" (", "\n("), ylabel=row_label)
-        ax.set_yticks(range(len(order)), ["\n".join(textwrap.wrap(drawable(str(name)), 30)) for name in order])
+        ax.set(title=drawable(str(name)), xlabel=label.replace(" (", "\n("), ylabel=xlabel if row == x else "")
+        ax.set_yticks(range(len(order)), names)
         ax.tick_params(axis="y", length=0)
         ax.grid()
         ax.label_outer()
     axes[0, 0].set_ylim(len(order) - 0.5, -0.5)
+    if limits:
+        axes[0, 0].set_xlim(limits[0] - 0.03, limits[1] + 0.03)
     return finish(fig, _note("lines", frame, "per point", paper, runs))
 
 
@@ -139,9 +150,9 @@ def needle_maps(
     *,
     panel: str = "condition",
 ) -> Figure:
-    """Recall beside attention to the needle, a row a panel: (depth_percent, context_length_tokens, value, n[, panel]).
+    """Recall and attention to the needle side by side, one row of axes per `panel`.
 
-    The colours of recall run from 0 to 1, those of attention from 0 to its highest value.
+    Both frames: depth_percent, context_length_tokens, value, n[, panel]. The colours of recall run from 0 to 1, those of attention from 0 to its highest value.
     """
     frames = {RECALLED: recall, "attention to the needle (fraction)": attention}
     names = list(recall[panel].unique()) if panel in recall else [None]

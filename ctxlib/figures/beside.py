@@ -1,4 +1,4 @@
-"""Ours beside what the paper printed."""
+"""Our values next to the paper's."""
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from ctxlib.figures.style import (
 
 @styled
 def recall_errors(frame: pd.DataFrame) -> Figure:
-    """The paper's Figure 2 beside ours: bars of (side, model, condition, value, ci_low, ci_high, n), a panel a side.
+    """The paper's Figure 2 and ours: bars of (side, model, condition, value, ci_low, ci_high, n), one panel per side.
 
     The first three values of `condition` are green, red and blue: pretrained, instruct with template, instruct without.
     """

@@ -38,7 +38,7 @@ def forest(
     names = ["\n".join(textwrap.wrap(drawable(str(name)), 50)) for name in frame[row]]
     height = 0.5 + sum(0.32 + 0.15 * name.count("\n") for name in names)
     fig, axes = new_figure(1, 1, 9.0, max(2.2, height))
-    ax, beside = axes[0, 0], {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5}
+    ax, at_right = axes[0, 0], {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5}
     ticks = [(others, colour, shift) for others, colour, shift in ((runs, INK, 0), (paper, GREY, 0.24))]
     for place, (verdict, (_, mean)) in enumerate(zip(verdicts, frame.iterrows(), strict=True)):
         for others, colour, shift in ticks:
@@ -51,7 +51,7 @@ def forest(
             ax.plot([mean.ci_low, mean.ci_high], [place] * 2, color=colour, lw=2.4, solid_capstyle="round", zorder=3)
             ax.plot(mean.value, place, marker, color=colour, ms=7.5, mec="white", mew=0.9, zorder=4)
         words = in_words(mean, ".3f", of="n") if verdict in _VERDICTS else str(verdict)
-        ax.annotate(words, (1.02, place), annotation_clip=False, **beside)
+        ax.annotate(words, (1.02, place), annotation_clip=False, **at_right)
     ax.axvline(0, color="#BDBDBD", lw=0.8, zorder=0)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
     ax.tick_params(axis="y", length=0)

@@ -197,7 +197,7 @@ def roc_and_pr(
     threshold: int | float | None = None,
     n: int | None = None,
 ) -> Figure:
-    """ROC (layer, false_positive_rate, true_positive_rate) beside precision over recall (layer, recall, precision).
+    """ROC (layer, false_positive_rate, true_positive_rate) and precision over recall (layer, recall, precision).
 
     With `threshold` both frames have a column threshold, and a dot on the chosen layer shows what is over it.
     """

@@ -1,4 +1,4 @@
-"""Many runs: curves of means over seeds, with every single run beside them."""
+"""Many runs: curves of means over seeds, with every single run as a dot."""
 
 from collections.abc import Mapping
 

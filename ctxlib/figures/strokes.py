@@ -42,7 +42,8 @@ def draw_bars(
         if paper is not None:
             theirs, half = paper[paper[hue] == name].set_index(x)["value"].reindex(order), 0.48 * width
             ax.hlines(theirs, centre - half, centre + half, color=GREY, ls=(0, (2.2, 1.2)), lw=1.6, zorder=4)
-    ax.set_xticks(range(len(order)), ["\n".join(textwrap.wrap(str(name), 16)) for name in order])
+    turned = {} if few else {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(order)), ["\n".join(textwrap.wrap(str(name), 16)) for name in order], **turned)
     ax.set_xlim(min(-0.5, -1.2 + 0.35 * len(order)), len(order) - 1 + max(0.5, 1.2 - 0.35 * len(order)))
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="y", zorder=0)

@@ -1,4 +1,4 @@
-"""The paper: its printed tables, and our experiments beside them.
+"""The paper: its printed tables, and our experiments next to them.
 
 Experiments are read from what the notebooks wrote: `manifest.json` and tables. An experiment of which some notebooks
 never ran has fewer rows, nothing else.

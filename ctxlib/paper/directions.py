@@ -140,7 +140,7 @@ def _layers(experiment: Experiment) -> Iterator[pd.DataFrame]:
 
 
 def recall_errors(found: Sequence[Experiment]) -> pd.DataFrame:
-    """Figure 2, the paper's beside ours: side, model, condition, value, ci_low, ci_high, n; fractions in [0, 1].
+    """Figure 2, the paper's and ours: side, model, condition, value, ci_low, ci_high, n; fractions in [0, 1].
 
     The paper's are 1 - table 7, with ± 1 standard deviation over its four prompts if it prints one; ours are 1 -
     recall with its 95 % interval. All with the response prefix.
