@@ -152,7 +152,8 @@ def needle_maps(
 ) -> Figure:
     """Recall and attention to the needle side by side, one row of axes per `panel`.
 
-    Both frames: depth_percent, context_length_tokens, value, n[, panel]. The colours of recall run from 0 to 1, those of attention from 0 to its highest value.
+    Both frames: depth_percent, context_length_tokens, value, n[, panel]. The colours of recall run from 0 to 1, those
+    of attention from 0 to its highest value.
     """
     frames = {RECALLED: recall, "attention to the needle (fraction)": attention}
     names = list(recall[panel].unique()) if panel in recall else [None]

@@ -14,7 +14,7 @@ from ctxlib.params import InputError
 
 Values = Sequence | np.ndarray | pd.Series  # of numbers or truths
 Side = Literal["above", "below"]
-Range = tuple[float, float]
+Range = tuple[int | float, int | float]
 FRACTION, CHANGE, UNBOUNDED = (0.0, 1.0), (-1.0, 1.0), (-math.inf, math.inf)  # ranges of a fraction, a difference, any
 FEWEST_SEEDS = 5  # with fewer, single seeds are shown and no interval
 _RESAMPLED_AT_ONCE = 200_000  # numbers in one batch of bootstrap samples: they fit into a cache
@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
     n: int
 
 
-def holds(low: float, high: float, threshold: float, side: Side = "above") -> bool:
+def holds(low: int | float, high: int | float, threshold: int | float, side: Side = "above") -> bool:
     """Whether the whole interval [low, high] lies on the claimed side of the threshold; False without an interval.
 
     The one rule for claims. "No worse by more than m" is a non-inferiority test: threshold -m, side "above".
