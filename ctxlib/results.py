@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ctxlib.files import file_digest, write
+from ctxlib.metrics import Side, holds
 from ctxlib.params import InputError, Params
 
 PACKAGE = Path(__file__).resolve().parent
 MARKDOWN_ROWS = 500  # nobody reads more
+SHOWN_ROWS = 12  # of a table, in the notebook that writes it
 CLAIM_COLUMNS = ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
 EVIDENCE_COLUMNS = "question condition metric value ci_low ci_high n unit seed experiment".split()
 
@@ -29,10 +31,10 @@ def open_results(params: Params, notebook: str) -> "Results":
 
 
 class Results:
-    """Writes a notebook's tables and figures, each with a footer of provenance and each beside its place, then renamed.
+    """Writes a notebook's tables and figures, each with a footer of provenance, each whole or not at all.
 
-    `work` is a folder that git ignores, for what is too big or too machine-bound to commit: adapters, caches, shards.
-    Every file read or written through here stands in `work/journal/<notebook>.json` with its sha256, for the manifest.
+    `work` is a folder that git ignores, for files too big or too machine-bound to commit: adapters, caches, shards.
+    Every file read or written through here is entered in `work/journal/<notebook>.json` with its sha256.
     """
 
     def __init__(self, params: Params, notebook: str) -> None:
@@ -45,16 +47,23 @@ class Results:
         self._journal: dict[str, Any] = {"accelerator": _accelerator(), "inputs": {}, "outputs": {}}
         self._write_journal()
 
-    def table(self, frame: pd.DataFrame, name: str, title: str) -> pd.DataFrame:
+    def table(self, frame: pd.DataFrame, name: str, title: str) -> "Shown":
         """Writes `tables/<name>.csv` (6 significant digits, no index) and `.md` (4 digits, at most 500 rows).
 
-        Gives the frame back.
+        Returns the table as a notebook displays it: its first 12 rows, and a link to the whole of it if there are more.
         """
         self._table(frame, self.folder / "tables" / name, title, self.provenance)
-        return frame
+        return self.show(frame, name)
 
-    def figure(self, figure: Figure, name: str, title: str) -> None:
-        """Writes `figures/<name>.png` (150 dpi) and `.svg`, with the title above and the provenance below."""
+    def show(self, frame: pd.DataFrame, whole: str) -> "Shown":
+        """A frame as a notebook displays it: its first 12 rows, and a link to the table `whole` if there are more."""
+        return Shown(frame, f"tables/{whole}.csv")
+
+    def figure(self, figure: Figure, name: str, title: str) -> Figure:
+        """Writes `figures/<name>.png` (150 dpi) and `.svg`, with the title above and the provenance below.
+
+        Returns the figure, without title and provenance.
+        """
         above = figure.text(0.5, 1.01, title, ha="center", va="bottom", fontsize=11)
         below = figure.text(0.0, -0.01, self.provenance, ha="left", va="top", fontsize=5, color="0.5")
         with mpl.rc_context({"svg.hashsalt": name}):
@@ -66,11 +75,12 @@ class Results:
                 self.record_output(write(self.folder / "figures" / f"{name}.{suffix}", content.getvalue()))
         above.remove()
         below.remove()
+        return figure
 
     def read_table(self, name: str) -> pd.DataFrame:
-        """A table that this or an earlier notebook wrote; InputError where there is none.
+        """A table that this or an earlier notebook wrote; InputError if there is none.
 
-        The columns `conversation` and `id` hold names, so they come back as text even where they look like numbers.
+        The columns `conversation` and `id` hold names, so they come back as text even if they look like numbers.
         """
         path = self.folder / "tables" / f"{name}.csv"
         if not path.is_file():
@@ -82,31 +92,38 @@ class Results:
     def claim(
         self,
         claim: str,
+        row: Any,
+        threshold: int | float | None = None,
         *,
-        value: float,
-        ci_low: float,
-        ci_high: float,
-        threshold: float,
-        holds: bool,
-        n: int,
+        side: Side = "above",
+        margin: int | float | None = None,
     ) -> pd.DataFrame:
-        """One row for `tables/claims.csv`; the claim's text begins with its number, which orders the rows.
+        """One row for `tables/claims.csv`; the claim's text begins with its number, by which the rows are ordered.
 
-        This notebook's claims stand in `tables/claims/<notebook>.csv`; `claims.csv` is put together from all of these.
+        row: value, ci_low, ci_high and n, as a row of `metrics.summarise` or a `metrics.Estimate`.
+        threshold, side: the claim holds if the whole interval lies on that side of the threshold (`metrics.holds`).
+        margin: instead of a threshold, for "no worse by more than `margin`": the lower limit must exceed -margin.
+
+        This notebook's claims are in `tables/claims/<notebook>.csv`; `claims.csv` is assembled from those of all
+        notebooks. Raises InputError unless exactly one of threshold and margin is given.
         """
-        row = {"claim": claim, "value": float(value), "ci_low": float(ci_low), "ci_high": float(ci_high)}
-        row |= {"threshold": float(threshold), "holds": bool(holds), "n": int(n), "seed": self.params.seed}
-        self._claims = [other for other in self._claims if other["claim"] != claim] + [row]
+        if (threshold is None) == (margin is None):
+            raise InputError(f"claim {claim!r}: pass either a threshold or a margin")
+        threshold = float(-margin if threshold is None else threshold)
+        numbers = {"value": float(row.value), "ci_low": float(row.ci_low), "ci_high": float(row.ci_high)}
+        verdict = {"threshold": threshold, "holds": holds(numbers["ci_low"], numbers["ci_high"], threshold, side)}
+        entry = {"claim": claim, **numbers, **verdict, "n": int(row.n), "seed": self.params.seed}
+        self._claims = [other for other in self._claims if other["claim"] != claim] + [entry]
         part = self.folder / "tables" / "claims" / f"{self.notebook}.csv"
         self.record_output(write(part, _csv(pd.DataFrame(self._claims, columns=CLAIM_COLUMNS))))
         gather_claims(self.params)
-        return pd.DataFrame([row], columns=CLAIM_COLUMNS)
+        return pd.DataFrame([entry], columns=CLAIM_COLUMNS)
 
     def evidence(self, runs: pd.DataFrame, means: pd.DataFrame, unit: str = "questions") -> pd.DataFrame:
-        """This notebook's rows of `<outputs>/<experiment>.csv`, the one tidy table of all evidence; gives them back.
+        """Writes this notebook's rows of `<outputs>/<experiment>.csv`, one tidy table of all evidence; returns them.
 
-        runs: condition, metric, value, ci_low, ci_high, n, seed: single runs, n counting what `unit` says. means: the
-            same without the seed, over n seeds.
+        runs: single runs: condition, metric, value, ci_low, ci_high, n, seed; `unit` says what n counts.
+        means: over n seeds: the same columns without the seed.
         """
         rows = pd.concat([runs.assign(unit=unit), means.assign(unit="seeds", seed="all")], ignore_index=True)
         rows = rows.assign(question=self.notebook, experiment=self.params.experiment)[EVIDENCE_COLUMNS]
@@ -115,11 +132,11 @@ class Results:
         return rows
 
     def record_input(self, path: str | Path) -> Path:
-        """Notes a file or folder that the notebook reads; InputError where there is none."""
+        """Records a file or folder that the notebook reads; InputError if there is none."""
         return self._record("inputs", Path(path))
 
     def record_output(self, path: str | Path) -> Path:
-        """Notes a file or folder that the notebook wrote by other means, such as an adapter."""
+        """Records a file or folder that the notebook wrote by other means, such as an adapter."""
         return self._record("outputs", Path(path))
 
     def _table(self, frame: pd.DataFrame, stem: Path, title: str, footer: str) -> None:
@@ -135,8 +152,21 @@ class Results:
         write(self.work / "journal" / f"{self.notebook}.json", to_json(self._journal))
 
 
+class Shown:
+    """A table in a notebook: at most 12 rows, 4 digits, and a link to the whole table if it is longer."""
+
+    def __init__(self, frame: pd.DataFrame, link: str) -> None:
+        self.frame, self.link = frame, link
+
+    def __repr__(self) -> str:
+        return self._repr_markdown_()
+
+    def _repr_markdown_(self) -> str:
+        return _rows(self.frame, SHOWN_ROWS, f"[{self.link}]({self.link})")
+
+
 def gather_claims(params: Params) -> list[Path]:
-    """Puts `tables/claims.csv` and `.md` together from the notebooks' claims, in the order of their numbers."""
+    """Assembles `tables/claims.csv` and `.md` from the notebooks' claims, in the order of their numbers."""
     tables = params.output_dir / "tables"
     parts = [pd.read_csv(part, dtype=str, keep_default_na=False) for part in sorted(tables.glob("claims/*.csv"))]
     claims = pd.concat([pd.DataFrame(columns=CLAIM_COLUMNS), *parts])
@@ -148,7 +178,7 @@ def gather_claims(params: Params) -> list[Path]:
 
 
 def gather_evidence(params: Params) -> list[Path]:
-    """Puts `<outputs>/<experiment>.csv` together from the notebooks' rows; those over all seeds are a table to read."""
+    """Assembles `<outputs>/<experiment>.csv` from the notebooks' rows; means over seeds are also a Markdown table."""
     tables = params.output_dir / "tables"
     parts = [pd.read_csv(part, dtype={"seed": str}) for part in sorted(tables.glob("evidence/*.csv"))]
     rows = pd.concat(parts, ignore_index=True)[EVIDENCE_COLUMNS]
@@ -160,7 +190,7 @@ def gather_evidence(params: Params) -> list[Path]:
 
 
 def provenance(params: Params, notebook: str | None = None) -> str:
-    """One line that tells which parameters and which code made a result."""
+    """One line that names the parameters and the code that made a result."""
     made_by = [notebook] if notebook else []
     facts = [f"params {params.digest}", f"code {code_version(notebook)}", f"seed {params.seed}"]
     return " · ".join([f"experiment {params.experiment}", *made_by, *facts])
@@ -180,7 +210,7 @@ def code_version(notebook: str | None = None) -> str:
 
 
 def short_path(params: Params, path: str | Path) -> str:
-    """The path as it is written into records: relative to the root where it lies below, so the same on each machine."""
+    """The path as it is written into records: relative to the root if it lies below, so the same on each machine."""
     path, root = Path(path).resolve(), params.root.resolve()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
@@ -194,13 +224,17 @@ def _csv(frame: pd.DataFrame) -> str:
 
 
 def _markdown(frame: pd.DataFrame, title: str, footer: str) -> str:
-    cells = [[_cell(value) for value in row] for row in frame.head(MARKDOWN_ROWS).itertuples(index=False)]
+    return f"# {title}\n\n{_rows(frame, MARKDOWN_ROWS, 'the CSV file')}\n\n*{footer}*\n"
+
+
+def _rows(frame: pd.DataFrame, most: int, whole: str) -> str:
+    cells = [[_cell(value) for value in row] for row in frame.head(most).itertuples(index=False)]
     headers = [_cell(name) for name in frame.columns]
     alignment = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
     body = tabulate(cells, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment if cells else None)
     if len(cells) < len(frame):
-        body += f"\n\nThe first {len(cells)} of {len(frame):,} rows; all are in the CSV file."
-    return f"# {title}\n\n{body}\n\n*{footer}*\n"
+        body += f"\n\nThe first {len(cells)} of {len(frame):,} rows; all are in {whole}."
+    return body
 
 
 def _cell(value: Any) -> str:

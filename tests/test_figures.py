@@ -58,6 +58,8 @@ CLAIMS = values(claim=["1 recall falls under the template " * 3, "2 attention to
 RUNS = values(condition=["vanilla", "indicator"], dose=[0.0, 0.5, 0.95], panel=["template", "raw text"])
 FOREST = values(metric=["recall of a needle that contradicts memory " * 2, "known facts"]).assign(threshold=[0.2, 0.9])
 BARS = values(model=["small", "large"], condition=CONDITIONS)
+MANY = values(model=["small", "large", "a name that is long enough to be wrapped", "d", "$x"], condition=CONDITIONS)
+FEW = values(model=["small", "large", "third"], condition=[*CONDITIONS, "$x", "e"])
 PAIRS = values(panel=["NIH", "MT-Bench"], row=["a", "b"], side=["paper", "$x"], condition=["vanilla", "[IND]"])
 PAIRS = PAIRS.assign(value=PAIRS["value"] * np.where(PAIRS["panel"] == "NIH", 1, 9))
 DIRECTIONS = values(key=["up", "down", "flat", "bare", "unmeasured"]).assign(
@@ -66,21 +68,32 @@ DIRECTIONS = values(key=["up", "down", "flat", "bare", "unmeasured"]).assign(
     paper="2 up of 2",
     measured="layer 3",
     experiment="town",
-    agrees=["yes", "no", "open", "no interval", "not measured"],
+    verdict=["holds", "does not hold", "not decided", "no interval", "not measured"],
 )
 
 DRAWN = {
     "role_strip": lambda: figures.role_strip(TOKENS),
-    "role_strip_without_turns": lambda: figures.role_strip(TOKENS.drop(columns="turn"), title=None),
-    "label_strip": lambda: figures.label_strip(TOKENS, subtitle="first conversation"),
+    "role_strip_without_turns": lambda: figures.role_strip(TOKENS.drop(columns="turn")),
+    "label_strip": lambda: figures.label_strip(TOKENS),
     "bars": lambda: figures.bars_with_intervals(BARS, x="model", hue="condition", xlabel="model (size)", paper=BARS),
-    "recall": lambda: figures.recall_by_condition(BARS, xlabel="needle (kind)", paper=BARS),
-    "recall_error": lambda: figures.recall_by_condition(BARS, xlabel="model (size)", error=True, paper=BARS),
-    "claims": lambda: figures.claims_forest(CLAIMS),
+    "bars_with_runs": lambda: figures.bars_with_intervals(
+        BARS, x="model", hue="condition", xlabel="model (size)", runs=BARS
+    ),
+    "bars_too_many": lambda: figures.bars_with_intervals(
+        MANY, x="model", hue="condition", xlabel="model (size)", paper=MANY, runs=MANY
+    ),
+    "bars_of_many_conditions": lambda: figures.bars_with_intervals(
+        FEW, x="model", hue="condition", xlabel="model (size)", paper=FEW, runs=FEW
+    ),
+    "bars_without_intervals": lambda: figures.bars_with_intervals(
+        BARS.assign(ci_low=np.nan, ci_high=np.nan), x="model", hue="condition", xlabel="model (size)", runs=BARS
+    ),
+    "recall": lambda: figures.recall_by_condition(BARS, xlabel="needle (kind)"),
+    "claims": lambda: figures.forest(CLAIMS),
     "errors": lambda: figures.recall_errors(values(side=["paper", "ours"], model=["a", "$x"], condition=CONDITIONS)),
     "pairs": lambda: figures.pairs_beside(PAIRS),
     "pairs_of_the_paper": lambda: figures.pairs_beside(PAIRS[PAIRS["side"] == "paper"].assign(n=8)),
-    "directions": lambda: figures.directions_forest(DIRECTIONS, paper=values(key=["up", "down"])),
+    "directions": lambda: figures.forest(DIRECTIONS, paper=values(claim=["the claim up", "the claim down"])),
     "steering": lambda: figures.steering_curve(
         values(task=["needle", "facts"], steering_alpha=[1.0, 0.95, 0.5, 0.01]), paper=values(task=["needle"])
     ),
@@ -116,7 +129,10 @@ DRAWN = {
         RUNS.assign(dose=RUNS.dose + 1, value=0.0), RUNS.assign(dose=RUNS.dose + 1, value=0.0), x="dose",
         xlabel="dose (share)", log="xy", ylim=None,
     ),
-    "forest": lambda: figures.forest_over_seeds(FOREST, RUNS.assign(metric=FOREST.metric[0]), row="metric"),
+    "forest": lambda: figures.forest(FOREST, runs=RUNS.assign(metric=FOREST.metric[0]), row="metric"),
+    "forest_without_intervals": lambda: figures.forest(
+        FOREST.assign(ci_low=np.nan, ci_high=np.nan), runs=FOREST, row="metric"
+    ),
     "loss": lambda: figures.loss_curves(LOG, smooth=3),
     "loss_logarithmic": lambda: figures.loss_curves(LOG, logarithmic=True),
     "needle": lambda: figures.needle_heatmap(
@@ -151,8 +167,8 @@ def test_every_figure_draws_with_labelled_axes_and_leaves_nothing_behind(name):
 def test_a_frame_without_rows_makes_a_blank_figure_that_says_so():
     nothing = pd.DataFrame(columns=["layer"])
     for figure in (
-        figures.roc_and_pr(nothing, nothing, prevalence=np.nan, title="Truth", threshold=0.6),
-        figures.layer_auc(nothing, title=None),
+        figures.roc_and_pr(nothing, nothing, prevalence=np.nan, threshold=0.6),
+        figures.layer_auc(nothing),
         figures.bars_with_intervals(nothing, x="x", hue="hue"),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=30)
@@ -168,12 +184,17 @@ def test_the_dot_on_the_roc_stands_where_the_threshold_selects():
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (expected.false_positive_rate, expected.true_positive_rate)
 
 
+@pytest.mark.parametrize("name", DRAWN)
+def test_no_figure_is_wider_than_nine_inches_or_has_more_than_twelve_bars(name):
+    figure = DRAWN[name]()
+    assert figure.get_size_inches()[0] <= 9
+    if name.startswith(("bars", "shift")):
+        assert sum(len(ax.patches) for ax in figure.axes) <= 12
+
+
 def test_a_layout_with_everything_in_it_overlaps_nowhere():
-    title, subtitle = (
-        "A title that is long enough to need a second line in a figure as narrow as this " * 2,
-        "and more " * 30,
-    )
-    figure = figures.bars_with_intervals(BARS, x="model", hue="condition", paper=BARS, title=title, subtitle=subtitle)
+    subtitle = "A text that is long enough to need a second line in a figure as narrow as this, and more " * 6
+    figure = figures.curves_over_seeds(RUNS, RUNS, x="dose", subtitle=subtitle)
     figure.draw_without_rendering()
     (ax,), (legend,) = figure.axes, figure.legends
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
@@ -214,11 +235,50 @@ def test_pairs_stand_at_their_values_hollow_before_and_filled_after():
         assert hollow == pytest.approx(sorted(part.loc[part["condition"] == "vanilla", "value"]))
 
 
-def test_a_direction_is_drawn_where_it_was_measured_and_nowhere_else():
-    (ax,) = figures.directions_forest(DIRECTIONS).axes
+@pytest.mark.parametrize(("frame", "panel", "rows"), [(MANY, "condition", "model"), (FEW, "model", "condition")])
+def test_more_values_than_bars_allow_are_points_at_the_same_values(frame, panel, rows):
+    figure = figures.bars_with_intervals(frame, x="model", hue="condition", runs=frame.assign(value=0.5))
+    order = list(frame[rows].unique())
+    for ax, (name, part) in zip(figure.axes, frame.groupby(panel, sort=False), strict=False):
+        assert ax.get_title(loc="left") == name and not ax.patches
+        points = {}
+        for line in ax.lines:
+            if line.get_marker() == "o":
+                points |= dict(zip(line.get_ydata(), line.get_xdata(), strict=True))
+        assert [points[place] for place in range(len(order))] == part.set_index(rows)["value"][order].tolist()
+        (dots,) = [line for line in ax.lines if line.get_marker() == "."]
+        assert list(dots.get_xdata()) == [0.5] * len(order)
+
+
+def test_a_claim_is_drawn_if_it_was_measured_and_only_then():
+    (ax,) = figures.forest(DIRECTIONS).axes
     points = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.lines if line.get_marker() in tuple("oXDs")}
     assert points == pytest.approx(dict(enumerate(DIRECTIONS["value"][:4])))
     assert [text.get_text() for text in ax.texts][-1] == "not measured"
+
+
+def test_a_forest_has_the_colour_of_the_one_rule_for_claims():
+    rows = pd.DataFrame({"claim": list("abcd"), "value": 0.5, "ci_low": [0.3, 0.3, 0.3, np.nan], "n": 5})
+    rows = rows.assign(ci_high=rows.ci_low + 0.4, threshold=[0.2, 0.8, 0.5, 0.2])
+    (ax,) = figures.forest(rows, runs=rows).axes
+    markers = [line.get_marker() for line in ax.lines if line.get_marker() in tuple("oXDs")]
+    assert markers == ["o", "X", "D", "s"]
+    assert ax.texts[0].get_text() == "0.500 [0.300, 0.700], n = 5" and ax.texts[3].get_text() == "0.500, n = 5"
+    asserted = figures.forest(rows.assign(holds=[False, True, True, True])).axes[0]
+    assert [line.get_marker() for line in asserted.lines if line.get_marker() in tuple("oXDs")] == ["X", "o", "o", "s"]
+
+
+def test_a_condition_has_one_colour_in_every_figure():
+    first, second = (
+        figures.bars_with_intervals(values(model=["m"], condition=names), x="model", hue="condition").legends[0]
+        for names in (["other", "vanilla"], ["vanilla", "indicator"])
+    )
+    colours = [
+        {text.get_text(): patch.get_facecolor() for text, patch in zip(box.get_texts(), box.get_patches(), strict=True)}
+        for box in (first, second)
+    ]
+    assert colours[0]["vanilla"] == colours[1]["vanilla"]
+    assert len(set(colours[0].values())) == len(set(colours[1].values())) == 2
 
 
 def test_a_role_has_one_colour_in_every_figure():
@@ -245,7 +305,7 @@ def test_recall_and_attention_to_the_needle_stand_side_by_side_each_on_its_own_s
     for drawn, frame in zip(maps, (recall, attention), strict=True):
         assert drawn.get_array().ravel().tolist() == frame["value"].tolist()
     assert {label for ax in figure.axes if (label := ax.get_ylabel())} == {
-        "depth (% of context)", "needle recall\n(fraction)", "attention to the needle\n(fraction)",
+        "depth (% of context)", "needles recalled\n(all keywords said)", "attention to the needle\n(fraction)",
     }  # fmt: skip
 
 
@@ -267,9 +327,9 @@ def test_a_panels_title_keeps_its_lines_and_boxes_what_the_font_lacks():
     assert figures.head_map(frame).axes[0].get_title("left") == "from a\nto □"
 
 
-def test_html_strip_escapes_tokens_roles_and_title():
+def test_html_strip_escapes_tokens_and_roles():
     tokens = TOKENS.assign(turn='"><script>')
-    shown = figures.role_strip_html(tokens, title="<script>alert(1)</script>")
+    shown = figures.role_strip_html(tokens)
     seen, text = [], []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: seen.append((tag, dict(attributes)))

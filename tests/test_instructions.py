@@ -188,7 +188,7 @@ def test_scores_of_each_question_by_hand(answered):
 
 
 def test_accuracies_of_prompts_and_of_instructions_by_hand(answered):
-    accuracy = instruction_accuracy(check_answers(*answered)).set_index(["level", "variant"])
+    accuracy = instruction_accuracy(check_answers(*answered)).set_index(["level", "criterion"])
     expected = [1 / 3, 3 / 5, 2 / 3, 4 / 5]
     assert list(accuracy.index) == [(level, how) for how in ("strict", "loose") for level in ("prompt", "instruction")]
     assert accuracy["value"].tolist() == pytest.approx(expected)
@@ -199,7 +199,7 @@ def test_accuracies_of_prompts_and_of_instructions_by_hand(answered):
 def test_the_interval_of_instructions_is_that_of_the_mean_where_each_question_has_one():
     rng = np.random.default_rng(0)
     checked = pd.DataFrame({"id": [f"q{i}" for i in range(40)], "rule": "json", "strict": rng.random(40) < 0.6})
-    accuracy = instruction_accuracy(checked.assign(loose=checked["strict"])).set_index(["level", "variant"])
+    accuracy = instruction_accuracy(checked.assign(loose=checked["strict"])).set_index(["level", "criterion"])
     interval = tuple(accuracy.loc[("instruction", "strict"), ["ci_low", "ci_high"]])
     assert interval == pytest.approx(bootstrap_interval(checked["strict"]))
 

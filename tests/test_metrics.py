@@ -243,7 +243,7 @@ def test_drop_pairs_spans_and_asks_for_the_same_numbers(answer, annotations, exa
 
 
 @pytest.mark.parametrize(
-    ("answer", "annotations", "paper", "standard"),
+    ("answer", "annotations", "authors_code", "standard"),
     [
         ("13 yards", [["3"]], 1, 0),
         ("a 3-yard run", [["3"]], 1, 1),
@@ -257,9 +257,11 @@ def test_drop_pairs_spans_and_asks_for_the_same_numbers(answer, annotations, exa
         ("anything", [], 0, 0),
     ],
 )
-def test_drop_containment_of_the_paper_takes_any_piece_of_the_first_annotator(answer, annotations, paper, clean):
-    assert metrics.drop_containment(answer, annotations, variant="authors_code") == paper
-    assert metrics.drop_containment(answer, annotations) == clean
+def test_drop_containment_of_the_paper_takes_any_piece_of_the_first_annotator(
+    answer, annotations, authors_code, standard
+):
+    assert metrics.drop_containment(answer, annotations, variant="authors_code") == authors_code
+    assert metrics.drop_containment(answer, annotations) == standard
 
 
 def test_the_authors_generation_stopped_at_a_full_stop_and_a_space():
@@ -406,6 +408,58 @@ def test_bootstrap_interval_matches_a_slow_loop_in_distribution(monkeypatch):
     assert metrics.bootstrap_interval(values, samples=400, seed=3) == pytest.approx(fast, abs=0.1)
     assert np.isnan(metrics.bootstrap_interval([])).all()
     assert metrics.bootstrap_interval([2.0, 2.0]) == (2, 2)
+    assert metrics.bootstrap_interval([2.0]) == (2, 2)
+
+
+@pytest.mark.parametrize("size", [2, 41, 3000])
+def test_bootstrap_interval_has_the_numbers_of_a_plain_numpy_loop(size):
+    values = np.random.default_rng(1).random(size)
+    rng = np.random.default_rng(7)
+    means = [values[rng.integers(size, size=size)].mean() for _ in range(500)]
+    expected = np.quantile(means, [0.025, 0.975])
+    assert metrics.bootstrap_interval(values, samples=500, seed=7) == pytest.approx(tuple(expected), rel=1e-12)
+
+
+def test_bootstrap_interval_of_a_ratio_has_the_numbers_of_a_plain_numpy_loop():
+    rng = np.random.default_rng(1)
+    asked = rng.integers(1, 4, 50)
+    followed = rng.binomial(asked, 0.6)
+    rng = np.random.default_rng(7)
+    draws = [rng.integers(50, size=50) for _ in range(500)]
+    expected = np.quantile([followed[draw].sum() / asked[draw].sum() for draw in draws], [0.025, 0.975])
+    found = metrics.bootstrap_interval(followed, 500, 7, out_of=asked)
+    assert found == pytest.approx(tuple(expected), rel=1e-12)
+
+
+def test_an_estimate_is_the_row_of_the_summary():
+    values = np.random.default_rng(1).random(20)
+    row = metrics.summarise(pd.DataFrame({"condition": "a", "f1": values}), "condition", "f1", seed=4).iloc[0]
+    assert metrics.estimate(values, seed=4) == tuple(row[["value", "ci_low", "ci_high", "n"]])
+    assert metrics.estimate([]).n == 0 and np.isnan(metrics.estimate([]).value)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "threshold", "side", "expected"),
+    [
+        (0.1, 0.3, 0.0, "above", True),
+        (0.0, 0.3, 0.0, "above", False),  # the threshold belongs to the other side
+        (-0.3, -0.1, 0.0, "below", True),
+        (-0.3, 0.1, 0.0, "below", False),
+        (-0.02, 0.1, -0.03, "above", True),  # no worse by more than 0.03
+        (-0.04, 0.1, -0.03, "above", False),
+        (np.nan, np.nan, 0.0, "above", False),
+        (np.nan, np.nan, 0.0, "below", False),
+    ],
+)
+def test_a_claim_holds_if_the_whole_interval_is_on_its_side(low, high, threshold, side, expected):
+    assert metrics.holds(low, high, threshold, side) is expected
+
+
+def test_an_interval_reads_as_a_sentence_needs_it():
+    row = metrics.Estimate(0.1234, -0.01, 1, 1200)
+    assert metrics.in_words(row) == "+0.12 [-0.01, +1.00]"
+    assert metrics.in_words(row, ".1%", of="n") == "12.3% [-1.0%, 100.0%], n = 1,200"
+    assert metrics.in_words(pd.Series(row._replace(ci_low=np.nan)._asdict()), of="seeds") == "+0.12, 1,200 seeds"
 
 
 def test_paired_difference_is_narrower_than_unpaired_where_pairs_agree():
@@ -431,20 +485,34 @@ def test_summary_takes_wilson_for_binary_metrics_and_bootstrap_for_others():
     assert list(f1.columns) == ["metric", "value", "ci_low", "ci_high", "n"]
 
 
-def test_auc_matches_the_mann_whitney_statistic_and_its_interval_a_slow_stratified_bootstrap():
-    rng = np.random.default_rng(0)
-    truth = rng.random(120) < 0.3
-    score = np.round(rng.random(120) + 0.4 * truth, 1)  # with ties
+def stratified_bootstrap(truth, score, samples, rng) -> np.ndarray:
+    """Limits of the AUC's percentile bootstrap, each class resampled by itself and every pair compared anew."""
     positives, negatives = score[truth], score[~truth]
-    value, low, high = metrics.auc(truth, score, samples=3000)
-    assert value == pytest.approx(mannwhitneyu(positives, negatives).statistic / positives.size / negatives.size)
-    slow = []
-    for _ in range(800):
-        above, below = rng.choice(positives, positives.size), rng.choice(negatives, negatives.size)
-        wins = (above[:, None] > below).mean() + (above[:, None] == below).mean() / 2
-        slow.append(wins)
-    assert (low, high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.02)
+    areas = []
+    for _ in range(samples):
+        above = np.sort(rng.choice(positives, positives.size))
+        below = np.sort(rng.choice(negatives, negatives.size))
+        wins = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
+        areas.append(wins.mean() / 2 / below.size)
+    return np.quantile(areas, [0.025, 0.975])
+
+
+@pytest.mark.parametrize(("n", "shift", "near"), [(120, 0.4, 0.02), (2000, 0.1, 0.005), (2000, 0.7, 0.005)])
+def test_auc_is_mann_whitneys_statistic_and_its_interval_a_stratified_bootstraps(n, shift, near):
+    rng = np.random.default_rng(0)
+    truth = rng.random(n) < 0.3
+    score = np.round(rng.random(n) + shift * truth, 1)  # with ties
+    value, low, high = metrics.auc(truth, score)
+    wins = mannwhitneyu(score[truth], score[~truth]).statistic
+    assert value == pytest.approx(wins / truth.sum() / (~truth).sum())
+    assert (low, high) == pytest.approx(stratified_bootstrap(truth, score, 2000, rng), abs=near)
+
+
+def test_an_aucs_interval_stays_within_its_range_however_few_the_turns():
     assert metrics.auc([True, False], [0.9, 0.1]) == (1, 1, 1)
+    assert metrics.auc([True, False, False], [0.5, 0.6, 0.1]) == (0.5, 0, 1)  # one turn has no variance
+    value, low, high = metrics.auc([True] * 4 + [False] * 4, [5, 6, 7, 3, 1, 2, 4, 0])
+    assert 0 < low < value < high < 1
     with pytest.raises(InputError, match="one class"):
         metrics.auc([True, True], [0.9, 0.1])
 
@@ -461,10 +529,10 @@ def test_auc_and_curves_by_group_leave_out_what_is_not_known():
     known = scored_turns(layer=0)
     one_class = scored_turns(layer=1).assign(depends_on_context=False)
     some = known.assign(layer=2, depends_on_context=known.depends_on_context.where(known.index < 50, None))
-    areas = metrics.auc_by(pd.concat([known, one_class, some]), "layer", samples=50)
+    areas = metrics.auc_by(pd.concat([known, one_class, some]), "layer")
     assert list(areas.layer) == [0, 2]
     assert list(areas.n) == [400, 50]
-    expected = metrics.auc(known.depends_on_context[:50], known.score[:50], samples=50)
+    expected = metrics.auc(known.depends_on_context[:50], known.score[:50])
     assert tuple(areas.iloc[1][["value", "ci_low", "ci_high"]]) == expected
     roc = metrics.curve_by(pd.concat([known, one_class]), ["layer"], metrics.roc_curve_frame)
     assert set(roc.layer) == {0}
@@ -498,7 +566,7 @@ def test_change_of_auc_is_the_difference_and_its_interval_a_slow_paired_bootstra
     two = one.assign(score=np.round(one.score + rng.normal(0, 0.2, len(one)), 2), variant="authors_code").sample(frac=1)
     (change,) = metrics.auc_changes(pd.concat([one, two]), "variant", "standard").itertuples()
     truth, a, b = one.depends_on_context.to_numpy(bool), one.score.to_numpy(), two.sort_index().score.to_numpy()
-    assert change.value == pytest.approx(metrics.auc(truth, b, 2)[0] - metrics.auc(truth, a, 2)[0])
+    assert change.value == pytest.approx(metrics.auc(truth, b)[0] - metrics.auc(truth, a)[0])
     slow = []
     for _ in range(1000):
         drawn = np.concatenate([rng.choice(np.flatnonzero(side), side.sum()) for side in (truth, ~truth)])
@@ -556,7 +624,9 @@ def seed_values(rng) -> pd.DataFrame:
 
 def test_intervals_over_seeds_are_students_and_the_paired_test_is_scipys():
     frame = seed_values(np.random.default_rng(1))
-    means = metrics.over_seeds(frame, ["condition", "metric"]).set_index(["condition", "metric"])
+    means = metrics.over_seeds(frame, ["condition", "metric"], within=metrics.UNBOUNDED).set_index(
+        ["condition", "metric"]
+    )
     for key, part in frame.groupby(["condition", "metric"]):
         theirs = stats.ttest_1samp(part.value, 0)
         low, high = theirs.confidence_interval(0.95)
@@ -564,7 +634,7 @@ def test_intervals_over_seeds_are_students_and_the_paired_test_is_scipys():
         assert [row.value, row.ci_low, row.ci_high] == pytest.approx([part.value.mean(), low, high])
         assert row.p_value == pytest.approx(theirs.pvalue) and row.n == 5
     differences = metrics.seed_differences(frame, "metric", before="a")
-    tested = metrics.over_seeds(differences, "metric").set_index("metric")
+    tested = metrics.over_seeds(differences, "metric", within=metrics.UNBOUNDED).set_index("metric")
     for metric, part in frame.groupby("metric"):
         sides = part.pivot(index="seed", columns="condition", values="value")
         theirs = stats.ttest_rel(sides.b, sides.a)
@@ -572,18 +642,35 @@ def test_intervals_over_seeds_are_students_and_the_paired_test_is_scipys():
         assert tested.value[metric] == pytest.approx((sides.b - sides.a).mean())
 
 
-def test_one_seed_has_no_interval_and_equal_seeds_have_no_width():
+def test_fewer_than_five_seeds_have_no_interval_and_equal_seeds_no_width():
     one = pd.DataFrame({"metric": ["x"], "seed": [0], "value": [0.5]})
     row = metrics.over_seeds(one, "metric").iloc[0]
     assert row.value == 0.5 and row.n == 1 and np.isnan([row.ci_low, row.ci_high, row.p_value]).all()
-    same = pd.DataFrame({"metric": "x", "seed": [0, 1, 2], "value": 1.0})
+    few = pd.DataFrame({"metric": "x", "seed": range(4), "value": [0.1, 0.2, 0.3, 0.4]})
+    row = metrics.over_seeds(few, "metric").iloc[0]
+    assert row.value == pytest.approx(0.25) and row.n == 4 and np.isnan([row.ci_low, row.ci_high]).all()
+    assert row.p_value == pytest.approx(stats.ttest_1samp(few.value, 0).pvalue)
+    same = pd.DataFrame({"metric": "x", "seed": range(5), "value": 1.0})
     row = metrics.over_seeds(same, "metric").iloc[0]
     assert (row.ci_low, row.value, row.ci_high) == (1, 1, 1) and np.isnan(row.p_value)
 
 
-def test_seeds_that_do_not_pair_or_stand_twice_are_refused():
+def test_intervals_over_seeds_stay_within_the_range_of_their_quantity():
+    values = [0.9, 1.0, 1.0, 1.0, 1.0]
+    frame = pd.DataFrame({"metric": "recall", "seed": range(5), "value": values})
+    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    row = metrics.over_seeds(frame, "metric").iloc[0]
+    assert row.ci_low == pytest.approx(theirs.low) and theirs.high > 1 and row.ci_high == 1
+    wide = pd.concat([frame, frame.assign(metric="change", value=[-0.9, 0.1, 0, 0, 0])])
+    rows = metrics.over_seeds(wide, "metric", within={"recall": metrics.FRACTION, "change": metrics.CHANGE})
+    assert rows.ci_high[0] == 1 and -1 <= rows.ci_low[1] < 0 < rows.ci_high[1]
+    with pytest.raises(InputError, match=r"change.*outside \[0, 1\]; pass their range"):
+        metrics.over_seeds(wide, "metric")
+
+
+def test_seeds_that_do_not_pair_or_appear_twice_are_rejected():
     frame = seed_values(np.random.default_rng(2)).sort_values(["condition", "metric", "seed"])
     with pytest.raises(InputError, match="'b' was not run at the seeds of 'a'"):
         metrics.seed_differences(frame[(frame.condition == "a") | (frame.seed < 4)], "metric", before="a")
-    with pytest.raises(InputError, match="a seed stands twice in a group"):
+    with pytest.raises(InputError, match="a seed appears twice in a group"):
         metrics.over_seeds(frame, ["condition"])

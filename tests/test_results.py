@@ -3,10 +3,12 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
 from ctxlib.files import file_digest
+from ctxlib.metrics import Estimate
 from ctxlib.params import InputError, Params, load_params
 from ctxlib.results import EVIDENCE_COLUMNS, code_version, open_results
 
@@ -25,7 +27,7 @@ def sha256(path: Path) -> str:
 def draw(name: str, results) -> None:
     figure, axes = plt.subplots(layout="constrained")
     axes.plot([1, 2, 4])
-    results.figure(figure, name, "A line")
+    assert results.figure(figure, name, "A line") is figure
     assert not figure.texts
     plt.close(figure)
 
@@ -102,21 +104,42 @@ def test_the_journal_holds_every_file_with_its_hash(params):
     assert journal["inputs"] == {written[0].as_posix(): sha256(written[0])}
 
 
-def test_claims_of_all_notebooks_stand_in_the_order_of_their_numbers(params):
-    interval = {"ci_low": 0.4, "ci_high": 0.6, "threshold": 0.2, "n": 100}
+def test_a_table_is_shown_with_twelve_rows_at_most_and_a_link_to_all(params):
+    results = open_results(params, "01_test")
+    for rows, shown in ((1, 1), (12, 12), (13, 12), (1200, 12)):
+        text = results.table(pd.DataFrame({"n": range(rows)}), "long", "Rows")._repr_markdown_()
+        assert sum(line.startswith("|") for line in text.splitlines()) == 2 + shown
+        assert ("[tables/long.csv](tables/long.csv)" in text) == (rows > 12)
+
+
+def test_claims_of_all_notebooks_appear_in_the_order_of_their_numbers(params):
+    row = Estimate(0.5, 0.4, 0.6, 100)
     late, early = open_results(params, "04_late"), open_results(params, "01_early")
-    late.claim("10 the last", value=0.5, holds=True, **interval)
-    late.claim("5 the middle", value=0.5, holds=False, **interval)
-    early.claim("1 the first", value=0.1, holds=True, **interval)
-    early.claim("1 the first", value=0.7, holds=True, **interval)
+    late.claim("10 the last", row, 0.2)
+    late.claim("5 the middle", row, 0.4)
+    early.claim("1 the first", row._replace(value=0.1), 0.2)
+    early.claim("1 the first", row._replace(value=0.7), 0.2)
     claims = early.read_table("claims")
     assert list(claims.columns) == ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
     assert list(claims["claim"]) == ["1 the first", "5 the middle", "10 the last"]
     assert list(claims["value"]) == [0.7, 0.5, 0.5]
     assert list(claims["holds"]) == [True, False, True]
     rerun = open_results(params, "04_late")
-    rerun.claim("9 the last, renamed", value=0.5, holds=True, **interval)
+    rerun.claim("9 the last, renamed", row, 0.2)
     assert list(rerun.read_table("claims")["claim"]) == ["1 the first", "9 the last, renamed"]
+
+
+def test_a_claim_computes_whether_it_holds_from_its_interval(params):
+    results, row = open_results(params, "01_test"), Estimate(-0.01, -0.02, 0.0, 100)
+    assert results.claim("1 falls", row, -0.05, side="below").holds.item() is False
+    assert results.claim("2 below 0.01", row, 0.01, side="below").holds.item() is True
+    loss = results.claim("3 no worse by more than 0.03", row, margin=0.03)
+    assert loss.holds.item() and loss.threshold.item() == -0.03
+    assert not results.claim("4 no worse by more than 0.02", row, margin=0.02).holds.item()
+    assert not results.claim("5 no interval", row._replace(ci_low=np.nan, ci_high=np.nan), 0).holds.item()
+    for both in ({}, {"threshold": 0, "margin": 0.03}):
+        with pytest.raises(InputError, match="either a threshold or a margin"):
+            results.claim("6 neither", row, **both)
 
 
 def test_evidence_of_all_notebooks_is_one_tidy_table_beside_the_experiments_folder(params):

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -26,6 +27,9 @@ MEMORY_ADVICE = (
     "if memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
     "conversations.max_length; finished work is not repeated"
 )
+
+
+PROGRESS_BAR = re.compile(r"^.*\d+%\|.*\| *\d+/\d+ .*\n?", re.MULTILINE)  # a line of tqdm
 
 
 def run_notebook(
@@ -72,6 +76,7 @@ def run_notebook(
                 extra_arguments=["--log-level=ERROR"],
             )
         _check_completed(executed, notebook)
+        _drop_progress_bars(executed)
     except PapermillExecutionError as error:
         if error.ename == "InputError":
             running.unlink(missing_ok=True)
@@ -120,6 +125,22 @@ def _check_completed(executed: NotebookNode, notebook: Path) -> None:
         if errors or (cell.source.strip() and cell.metadata.papermill.status != "completed"):
             state = f"raised {errors[0]}" if errors else f"is {cell.metadata.papermill.status}"
             raise NotebookError(f"{notebook}: code cell {number} {state}: not every cell has completed")
+
+
+def _drop_progress_bars(executed: NotebookNode) -> None:
+    """Bars are of use while a notebook runs; stored ones differ from run to run, and widgets are not displayed."""
+    executed.metadata.pop("widgets", None)
+    for cell in executed.cells:
+        if cell.cell_type == "code":
+            for output in cell.outputs:
+                if output.output_type == "stream":
+                    output.text = PROGRESS_BAR.sub("", output.text)
+            cell.outputs = [output for output in cell.outputs if not _is_empty_or_widget(output)]
+
+
+def _is_empty_or_widget(output: NotebookNode) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return widget or (output.output_type == "stream" and not output.text.strip())
 
 
 def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float) -> None:

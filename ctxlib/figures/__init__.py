@@ -1,19 +1,19 @@
-"""One function a figure: tidy frame in, matplotlib Figure out. Nothing is computed here but positions and colours.
+"""One function per figure: tidy frame in, matplotlib Figure out. Only positions and colours are computed here.
 
-Frames are those of `metrics.summarise`: value, ci_low, ci_high and n beside the columns that a figure names. Every
-function takes `title` and `subtitle`; whiskers and bands are the frame's intervals. Nothing global is changed.
+Frames are those of `metrics.summarise`: value, ci_low, ci_high and n in addition to the columns that a figure names.
+Whiskers and bands are the frame's intervals; titles are added by `results.figure`. Nothing global is changed.
 """
 
 from ctxlib.figures.answers import (
     bars_with_intervals,
-    claims_forest,
     needle_heatmap,
     needle_maps,
     recall_by_condition,
     steering_curve,
 )
 from ctxlib.figures.attention import allocation_by_role, allocation_shift, head_map
-from ctxlib.figures.beside import directions_forest, pairs_beside, recall_errors
+from ctxlib.figures.beside import pairs_beside, recall_errors
+from ctxlib.figures.forest import forest
 from ctxlib.figures.scores import (
     fractions_over_beta,
     layer_agreement,
@@ -23,7 +23,7 @@ from ctxlib.figures.scores import (
     score_histogram,
     scores_by_kind,
 )
-from ctxlib.figures.seeds import curves_over_seeds, forest_over_seeds
+from ctxlib.figures.seeds import curves_over_seeds
 from ctxlib.figures.style import ROLE_COLOURS
 from ctxlib.figures.tokens import label_strip, role_strip, role_strip_html
 from ctxlib.figures.training import loss_curves
@@ -33,10 +33,8 @@ __all__ = [
     "allocation_by_role",
     "allocation_shift",
     "bars_with_intervals",
-    "claims_forest",
     "curves_over_seeds",
-    "directions_forest",
-    "forest_over_seeds",
+    "forest",
     "fractions_over_beta",
     "head_map",
     "label_strip",

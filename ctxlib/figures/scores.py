@@ -9,9 +9,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from ctxlib.figures.strokes import draw_heat, draw_lines, grid_of, reach
+from ctxlib.figures.strokes import draw_heat, draw_lines, grid_of, log_ticks, reach
 from ctxlib.figures.style import (
     GREY,
     INK,
@@ -23,9 +23,9 @@ from ctxlib.figures.style import (
     finish,
     footnote,
     handles,
-    in_words,
     new_figure,
     patches,
+    spaced,
     styled,
     tint,
 )
@@ -39,8 +39,6 @@ def score_histogram(
     truth: str | None = None,
     bins: int = 40,
     colours: Mapping[Any, str] | None = None,
-    title: str | None = "Context-dependency scores",
-    subtitle: str | None = None,
 ) -> Figure:
     """Histogram of `score` in [0, 1], one outline per value of the column `truth`; the threshold as a dashed line."""
     groups = [("all turns", scores)] if truth is None else list(scores.groupby(truth, sort=True))
@@ -65,7 +63,7 @@ def score_histogram(
         xlim=(0, 1),
     )
     ax.grid(axis="y")
-    return finish(fig, title, subtitle, f"n = {len(scores):,} assistant turns", legend)
+    return finish(fig, f"n = {len(scores):,} assistant turns", legend)
 
 
 @styled
@@ -76,8 +74,6 @@ def scores_by_kind(
     kind: str = "kind",
     truth: str = "truth",
     colours: Mapping[Any, str] | None = None,
-    title: str | None = "Which kinds of turns are marked",
-    subtitle: str | None = None,
 ) -> Figure:
     """Boxes of `score`, a row a `kind`, in the colour of its `truth`, sorted by median; with the share over threshold.
 
@@ -99,13 +95,13 @@ def scores_by_kind(
         ax.annotate(f"{over}n = {len(part):,}", (1.02, place), **note)
     if threshold is not None:
         ax.axvline(threshold, color=INK, ls="--", lw=1.2, zorder=0)
-    ax.set_yticks(range(len(rows)), [in_words(drawable(str(name))) for (name, _), _ in rows])
+    ax.set_yticks(range(len(rows)), [spaced(drawable(str(name))) for (name, _), _ in rows])
     ax.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="context-dependency score (fraction of attention)")
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
     line = [] if threshold is None else [Line2D([], [], color=INK, ls="--", lw=1.2, label=f"β = {threshold:g}")]
     note = f"boxes: quartiles · whiskers: middle 95 % · n = {len(frame):,} turns"
-    return finish(fig, title, subtitle, note, [*patches(palette), *line])
+    return finish(fig, note, [*patches(palette), *line])
 
 
 @styled
@@ -114,8 +110,6 @@ def layer_agreement(
     *,
     panel: str | None = None,
     label: str = "disagreement (fraction of the turns picked)",
-    title: str | None = "Do the layers pick the same turns?",
-    subtitle: str | None = None,
 ) -> Figure:
     """The paper's Figure 6: heatmap of (layer, other_layer, disagreement[, n, panel]), of `scoring.layer_agreement`."""
     names = [None] if panel is None else list(frame[panel].unique())
@@ -127,7 +121,7 @@ def layer_agreement(
     for ax in axes[0]:
         ax.set(xlabel="layer (index from 0)", ylabel="layer (index from 0)", aspect="equal")
         ax.label_outer()
-    return finish(fig, title, subtitle, footnote(None, frame, "turns"))
+    return finish(fig, footnote(None, frame, "turns"))
 
 
 @styled
@@ -138,15 +132,12 @@ def length_histograms(
     panel: str | None = None,
     bins: int = 30,
     xlabel: str = "instruction length (tokens)",
-    title: str | None = "Which lengths are selected",
-    subtitle: str | None = None,
 ) -> Figure:
     """The paper's Figures 7-9: histogram of `length`, over all turns and over those with `selected`, on a log axis."""
     names = [None] if panel is None else list(frame[panel].unique())
     fig, axes = new_figure(1, len(names), max(6.4, 3.6 * len(names)), 3.4, sharey=True)
     low, high = max(1, frame[length].min()), frame[length].max() + 1
     edges = np.unique(np.round(np.geomspace(low, high, bins + 1))) - 0.5
-    ticks = [step * 10**power for power in range(7) for step in (1, 2, 5)]
     for ax, name in zip(axes[0], names, strict=True):
         part = frame if name is None else frame[frame[panel] == name]
         picked = part.loc[part["selected"].astype(bool), length]
@@ -156,17 +147,15 @@ def length_histograms(
             ax.hist(lengths, edges, weights=weights, color=colour, lw=1.5, histtype="step")
         caption = f"n = {len(part):,}, selected {len(picked):,}"
         ax.set_title(caption if name is None else f"{drawable(str(name))}: {caption}", fontsize=9, fontweight="normal")
-        ax.set(xscale="log", xlabel=xlabel, ylabel="turns (% of their group)", xlim=(edges[0], edges[-1]))
-        ax.set_xticks([tick for tick in ticks if edges[0] < tick < edges[-1]])
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
-        ax.xaxis.set_minor_locator(NullLocator())
+        log_ticks(ax.xaxis)
+        ax.set(xlabel=xlabel, ylabel="turns (% of their group)", xlim=(edges[0], edges[-1]))
         ax.grid(axis="y")
         ax.label_outer()
     legend = [
         Patch(color="#9AA1AB", alpha=0.6, label="all turns"),
         Patch(fc="#F6DFCC", ec=PALETTE[1], label="selected turns (score > β)"),
     ]
-    return finish(fig, title, subtitle, None, legend)
+    return finish(fig, None, legend)
 
 
 @styled
@@ -175,8 +164,6 @@ def fractions_over_beta(
     *,
     hue: str = "dataset",
     paper: pd.DataFrame | None = None,
-    title: str | None = "How many turns pass the threshold",
-    subtitle: str | None = None,
 ) -> Figure:
     """The paper's Table 10: (threshold, hue, fraction, low, high, n) of `indicator.fractions_over`, a line a `hue`.
 
@@ -196,7 +183,7 @@ def fractions_over_beta(
         place = max(last["fraction"], place + 0.05 * ax.get_ylim()[1])
         ax.text(last["threshold"], place, f"  {last[hue]}", ha="left", va="center", size=8, color=GREY)
     ax.grid(axis="y")
-    return finish(fig, title, subtitle, footnote("bands", frame, "turns", paper), handles(colours, paper))
+    return finish(fig, footnote("bands", frame, "turns", paper), handles(colours, paper))
 
 
 @styled
@@ -209,10 +196,8 @@ def roc_and_pr(
     chosen_layer: int | None = None,
     threshold: int | float | None = None,
     n: int | None = None,
-    title: str | None = "Does the score find the turns that depend on the context?",
-    subtitle: str | None = None,
 ) -> Figure:
-    """ROC (layer, false_positive_rate, true_positive_rate) beside precision over recall (layer, recall, precision).
+    """ROC (layer, false_positive_rate, true_positive_rate) and precision over recall (layer, recall, precision).
 
     With `threshold` both frames have a column threshold, and a dot on the chosen layer shows what is over it.
     """
@@ -230,8 +215,8 @@ def roc_and_pr(
             nearest = over.nsmallest(1, "threshold")
             ax.plot(nearest[x], nearest[y], "o", color=RED, ms=8, mec="white", mew=1.2, zorder=5)
         ax.set(
-            xlabel=f"{in_words(x)} (fraction)",
-            ylabel=f"{in_words(y)} (fraction)",
+            xlabel=f"{spaced(x)} (fraction)",
+            ylabel=f"{spaced(y)} (fraction)",
             xlim=(-0.01, 1.01),
             ylim=(-0.01, 1.02),
         )
@@ -245,7 +230,7 @@ def roc_and_pr(
     dot = [Line2D([], [], color=RED, marker="o", mec="white", ms=8, ls="", label=f"score > β = {threshold}")]
     legend += dot if threshold is not None and chosen_layer in strokes else []
     note = f"dashed: chance (prevalence {prevalence:.2f})" + ("" if n is None else f" · n = {n:,} turns")
-    return finish(fig, title, subtitle, note, legend)
+    return finish(fig, note, legend)
 
 
 @styled
@@ -254,8 +239,6 @@ def layer_auc(
     *,
     chosen_layer: int | None = None,
     hue: str | None = None,
-    title: str | None = "Which layer's score tells the turns apart",
-    subtitle: str | None = None,
 ) -> Figure:
     """AUC (layer, value, ci_low, ci_high, n[, hue]) with intervals, the chosen layer marked, chance at 0.5."""
     colours = colours_of(frame[hue].unique() if hue else ["AUC"], None)
@@ -278,4 +261,4 @@ def layer_auc(
     if chosen_layer is not None:
         legend = [*legend, Patch(color="#F3E3C3", label=f"chosen: layer {chosen_layer}")]
     legend = [*legend, Line2D([], [], color=GREY, ls="--", lw=1, label="chance")]
-    return finish(fig, title, subtitle, footnote("whiskers", frame, "turns"), legend)
+    return finish(fig, footnote("whiskers", frame, "turns"), legend)

@@ -25,9 +25,18 @@ ROLE_COLOURS = {  # what somebody wrote in Okabe and Ito's colours, scaffolding 
     "passage": "#0072B2",  # the user's text, split by `roles.question_groups`
     "question": "#56B4E9",
 }
-# pretrained, instruct with template, instruct without: the paper's Figure 2
-GREEN, RED, BLUE = "#2A9D60", "#D1495B", "#2E72B8"
+GREEN, RED, BLUE, ORANGE = "#2A9D60", "#D1495B", "#2E72B8", "#E69F00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
+CONDITION_COLOURS = {  # a model and how it is asked: the first three as in the paper's Figure 2
+    **dict.fromkeys(("pretrained", "pretrained, raw text"), GREEN),
+    "instruct, chat template": RED,
+    "instruct, raw text": BLUE,
+    **dict.fromkeys(("vanilla", "vanilla, template"), "#D55E00"),
+    "vanilla, raw text": "#8C6D31",
+    **dict.fromkeys(("indicator", "indicator, template"), "#56B4E9"),
+    **dict.fromkeys(("indicator + [IND]", "indicator, [IND]", "indicator, template + [IND]"), "#0072B2"),
+}
+WIDEST, MOST_BARS = 9.0, 12  # inches; with more bars points are drawn
 GREY, INK = "#7A7A7A", "#222222"
 SEQUENTIAL, DIVERGING = "mako", "vlag"
 _NO_ROWS = dict.fromkeys(("roc_and_pr", "layer_auc"), "no truth known: nothing to compare the scores with")
@@ -62,48 +71,44 @@ _STYLE = {
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Our style around a figure; a frame without rows makes a blank one that says so."""
+    """Applies our style to a figure; a frame without rows gives a blank one that says so."""
 
     @wraps(draw)
     def drawn(frame: pd.DataFrame, *args: Any, **kwargs: Any) -> Figure:
         with plt.rc_context(_STYLE):
             if frame.empty:
-                return _blank(_NO_ROWS.get(draw.__name__, "no data"), kwargs.get("title"), kwargs.get("subtitle"))
+                return _blank(_NO_ROWS.get(draw.__name__, "no data"))
             return draw(frame, *args, **kwargs)
 
     return drawn
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, np.ndarray]:
-    """Figure of `width` inches and axes; `height` is that of the axes, to which `finish` adds header and footer."""
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **shared)
+    """Figure of `width` inches, at most WIDEST, and axes; `height` is that of the axes, without header and footer."""
+    size = (min(width, WIDEST), height)
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **shared)
     plt.close(fig)  # the caller owns it: pyplot keeps no list of figures, and a notebook shows it once
     return fig, axes
 
 
-def _blank(says: str, title: str | None, subtitle: str | None) -> Figure:
+def _blank(says: str) -> Figure:
     fig, axes = new_figure(1, 1, 6.0, 1.4)
     axes[0, 0].axis("off")
     axes[0, 0].text(0.5, 0.5, says, size=11, color=GREY, transform=axes[0, 0].transAxes, **CENTRED)
-    return finish(fig, title, subtitle, None)
+    return finish(fig, None)
 
 
-def finish(
-    fig: Figure, title: str | None, subtitle: str | None, note: str | None, legend: Sequence[Any] = ()
-) -> Figure:
-    """Adds a header (title, subtitle, legend) above the axes and a note below; the figure grows by their height."""
+def finish(fig: Figure, note: str | None, legend: Sequence[Any] = (), *, subtitle: str | None = None) -> Figure:
+    """Adds a header (subtitle, legend) above the axes and a note below; the figure grows by their height."""
     width, height = fig.get_size_inches()
-    titles = textwrap.wrap(title or "", int(width * 9.2))
     subtitles = textwrap.wrap(subtitle or "", int(width * 12))
     columns, legend_rows = _legend_shape([handle.get_label() for handle in legend], width)
-    header = 0.08 + 0.25 * len(titles) + 0.19 * len(subtitles) + 0.24 * legend_rows + 0.06 * bool(legend)
+    header = 0.08 + 0.19 * len(subtitles) + 0.24 * legend_rows + 0.06 * bool(legend)
     footer = 0.24 if note else 0.04
     total = header + height + footer
     fig.set_size_inches(width, total)
     fig.get_layout_engine().set(rect=(0, footer / total, 1, height / total), w_pad=0.1, h_pad=0.06)
     left, top = 0.1 / width, total - 0.08
-    fig.text(left, top / total, "\n".join(titles), size=12, weight="bold", color=INK, va="top")
-    top -= 0.25 * len(titles)
     fig.text(left, top / total, "\n".join(subtitles), size=9.5, color="#555555", va="top")
     top -= 0.19 * len(subtitles)
     if legend:
@@ -111,8 +116,8 @@ def finish(
         spacing = {
             "borderaxespad": 0,
             "borderpad": 0.1,
-            "handlelength": 1.5,
             "columnspacing": 1.4,
+            "handlelength": 1.5,
             "labelspacing": 0.35,
         }
         at = (left, (top - 0.01) / total)
@@ -133,7 +138,8 @@ def _legend_shape(labels: Sequence[str], width: float) -> tuple[int, int]:
 
 
 def footnote(interval: str | None, frame: pd.DataFrame, unit: str, paper: pd.DataFrame | None = None) -> str:
-    parts = [f"{interval}: 95 % interval"] if interval and "ci_low" in frame else []
+    has_intervals = "ci_low" in frame and frame["ci_low"].notna().any()
+    parts = [f"{interval}: 95 % interval"] if interval and has_intervals else []
     if "n" in frame:
         low, high = int(frame["n"].min()), int(frame["n"].max())
         parts.append(f"n = {low:,}{'' if low == high else f'–{high:,}'} {unit}")
@@ -143,9 +149,14 @@ def footnote(interval: str | None, frame: pd.DataFrame, unit: str, paper: pd.Dat
 
 
 def colours_of(names: Iterable[Any], known: Mapping[Any, str] | None) -> dict[Any, str]:
+    """One colour per name: the given one, else that of the role or condition, else the next one that is not in use."""
     names = list(names)
-    spare = iter(PALETTE if len(names) <= len(PALETTE) else map(to_hex, sns.color_palette("husl", len(names))))
-    return {name: (known or {}).get(name) or ROLE_COLOURS.get(name) or next(spare) for name in names}
+    fixed = ROLE_COLOURS | CONDITION_COLOURS | dict(known or {})
+    used = {fixed.get(name) for name in names}
+    enough = len(names) <= len(PALETTE) - len(used & set(PALETTE))
+    palette = PALETTE if enough else map(to_hex, sns.color_palette("husl", len(names)))
+    spare = (colour for colour in palette if colour not in used)
+    return {name: fixed.get(name) or next(spare) for name in names}
 
 
 def patches(colours: Mapping[Any, str], paper: pd.DataFrame | None = None) -> list[Any]:
@@ -171,7 +182,7 @@ def ink_on(colour: str) -> str:
     return "white" if np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.58 else INK
 
 
-def in_words(name: str) -> str:
+def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 

@@ -24,36 +24,31 @@ from ctxlib.figures.style import (
 
 
 @styled
-def role_strip(
-    tokens: pd.DataFrame, *, width: int = 96, title: str | None = "Who wrote which token", subtitle: str | None = None
-) -> Figure:
+def role_strip(tokens: pd.DataFrame, *, width: int = 96) -> Figure:
     """Every token (token, role[, turn]) in a box of its role's colour; a line holds `width` characters."""
     present = [role for role in ROLE_COLOURS if role in set(tokens["role"])]
     legend = [Patch(color=tint(ROLE_COLOURS[role]), label=_count(role, tokens["role"])) for role in present]
-    return _strip(tokens, [ROLE_COLOURS[role] for role in tokens["role"]], legend, width, title, subtitle)
+    return _strip(tokens, [ROLE_COLOURS[role] for role in tokens["role"]], legend, width)
 
 
 @styled
-def label_strip(
-    tokens: pd.DataFrame, *, width: int = 96, title: str | None = "Tokens that carry loss", subtitle: str | None = None
-) -> Figure:
+def label_strip(tokens: pd.DataFrame, *, width: int = 96) -> Figure:
     """Every token (token, supervised[, turn]) in a box: blue where it carries loss, grey where it does not."""
     kinds = tokens["supervised"].map({True: "supervised", False: "not supervised"})
     colours = {"supervised": PALETTE[0], "not supervised": "#C9C9C9"}
     legend = [Patch(color=tint(colour), label=_count(kind, kinds)) for kind, colour in colours.items()]
-    return _strip(tokens, [colours[kind] for kind in kinds], legend, width, title, subtitle)
+    return _strip(tokens, [colours[kind] for kind in kinds], legend, width)
 
 
-def role_strip_html(tokens: pd.DataFrame, *, title: str | None = None) -> str:
-    """The same strip as HTML, for copying and long texts; every token, role and title is escaped."""
+def role_strip_html(tokens: pd.DataFrame) -> str:
+    """The same strip as HTML, for copying and long texts; every token and role is escaped."""
     spans, present = [], [role for role in ROLE_COLOURS if role in set(tokens["role"])]
     for row in tokens.to_dict("records"):
         shown = _shown(row["token"])
         turn = f", turn {row['turn']}" if "turn" in row else ""
         spans.append(_span(shown, ROLE_COLOURS[row["role"]], f"{row['role']}{turn}") + "<br>" * shown.endswith("↵"))
     legend = " ".join(_span(role, ROLE_COLOURS[role], role) for role in present)
-    heading = f"<b>{html.escape(title)}</b> " if title else ""
-    return f'<div style="font-family:monospace;line-height:1.9">{heading}{legend}<hr>{"".join(spans)}</div>'
+    return f'<div style="font-family:monospace;line-height:1.9">{legend}<hr>{"".join(spans)}</div>'
 
 
 def _span(text: str, colour: str, hint: str) -> str:
@@ -66,8 +61,6 @@ def _strip(
     colours: Sequence[str],
     legend: list[Patch],
     width: int,
-    title: str | None,
-    subtitle: str | None,
 ) -> Figure:
     gutter = 8 if "turn" in tokens else 0
     boxes, lines = _wrapped([drawable(_shown(token)) for token in tokens["token"]], width)
@@ -87,7 +80,7 @@ def _strip(
         for place in np.flatnonzero(np.diff(turns, prepend=-1)):
             if turns[place] > 0:
                 ax.text(-gutter, boxes[place][2] + 0.52, f"turn {turns[place]}", va="center", fontsize=8, color=GREY)
-    return finish(fig, title, subtitle, f"n = {len(tokens):,} tokens · ↵ line break", legend)
+    return finish(fig, f"n = {len(tokens):,} tokens · ↵ line break", legend)
 
 
 def _wrapped(texts: Sequence[str], width: int) -> tuple[list[tuple[str, float, int]], int]:

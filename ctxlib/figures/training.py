@@ -2,9 +2,10 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from ctxlib.figures.style import colours_of, finish, handles, in_words, new_figure, styled
+from ctxlib.figures.strokes import log_ticks
+from ctxlib.figures.style import colours_of, finish, handles, new_figure, spaced, styled
 
 
 @styled
@@ -17,8 +18,6 @@ def loss_curves(
     smooth: int = 1,
     logarithmic: bool = False,
     ylabel: str = "loss (nats per supervised token)",
-    title: str | None = "Training loss",
-    subtitle: str | None = None,
 ) -> Figure:
     """Loss over steps of (step, loss, run); with `smooth` > 1 a centred running mean over so many rows in front."""
     colours = colours_of(log[hue].unique(), None)
@@ -31,12 +30,9 @@ def loss_curves(
         ax.plot(part[x], part[y], color=colour, **thin)
         if smooth > 1:
             ax.plot(part[x], part[y].rolling(smooth, center=True, min_periods=1).mean(), color=colour)
-    ax.set(xlabel=f"{in_words(x)} (optimiser steps)" if x == "step" else in_words(x), ylabel=ylabel)
+    ax.set(xlabel=f"{spaced(x)} (optimiser steps)" if x == "step" else spaced(x), ylabel=ylabel)
     if logarithmic:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        log_ticks(ax.yaxis)
     else:
         ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
@@ -45,4 +41,4 @@ def loss_curves(
     note = f"n = {log.groupby(hue)[y].count().max():,} points a run" + (
         f" · line: mean of {smooth}" if smooth > 1 else ""
     )
-    return finish(fig, title, subtitle, note, handles(colours, None))
+    return finish(fig, note, handles(colours, None))

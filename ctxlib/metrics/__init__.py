@@ -1,6 +1,6 @@
 """Answer metrics, intervals, and how well scores separate and agree."""
 
-from ctxlib.metrics.agreement import layer_agreement, score_agreement
+from ctxlib.metrics.agreement import AGREEMENT, layer_agreement, score_agreement
 from ctxlib.metrics.answers import (
     ANSWER_METRICS,
     CANNOTANSWER,
@@ -23,12 +23,22 @@ from ctxlib.metrics.answers import (
     until_stop,
 )
 from ctxlib.metrics.intervals import (
+    CHANGE,
+    FEWEST_SEEDS,
+    FRACTION,
+    UNBOUNDED,
+    Estimate,
+    Side,
     bootstrap_interval,
+    estimate,
+    holds,
+    in_words,
     over_seeds,
     paired_changes,
     paired_difference,
     seed_differences,
     summarise,
+    summarise_each,
     wilson_interval,
 )
 from ctxlib.metrics.separation import (
@@ -44,9 +54,16 @@ from ctxlib.metrics.separation import (
 )
 
 __all__ = [
+    "AGREEMENT",
     "ANSWER_METRICS",
     "CANNOTANSWER",
+    "CHANGE",
+    "FEWEST_SEEDS",
+    "FRACTION",
     "QUAC_METRICS",
+    "UNBOUNDED",
+    "Estimate",
+    "Side",
     "auc",
     "auc_by",
     "auc_changes",
@@ -56,7 +73,10 @@ __all__ = [
     "curve_by",
     "drop_containment",
     "drop_scores",
+    "estimate",
     "exact_match",
+    "holds",
+    "in_words",
     "layer_agreement",
     "needle_recall",
     "normalise_answer",
@@ -78,6 +98,7 @@ __all__ = [
     "separation",
     "squad_v2_scores",
     "summarise",
+    "summarise_each",
     "token_f1",
     "until_stop",
     "wilson_interval",

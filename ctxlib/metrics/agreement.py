@@ -4,13 +4,16 @@ import itertools
 
 import pandas as pd
 
+from ctxlib.metrics.intervals import CHANGE, FRACTION
 from ctxlib.params import InputError, Variant
+
+AGREEMENT = {"rank correlation": CHANGE, "top share in common": FRACTION}  # ranges of `score_agreement`
 
 
 def layer_agreement(frame: pd.DataFrame, top: float = 0.1, variant: Variant = "standard") -> pd.DataFrame:
     """How far two layers agree on which turns depend on their context most.
 
-    One row an ordered pair of layers: layer, other_layer, overlap (fraction of the layer's top turns that are also the
+    One row per ordered pair of layers: layer, other_layer, overlap (fraction of the layer's top turns that are also the
     other's, in [0, 1]), disagreement = 1 - overlap, by_chance (the overlap of two random choices), n (turns).
     `standard` takes the fraction `top` of turns with the highest scores, as the paper's text says; `authors_code`
     drops the fraction `top` with the lowest and keeps the other 90 %, as the authors' script does, so that the
@@ -37,13 +40,13 @@ def layer_agreement(frame: pd.DataFrame, top: float = 0.1, variant: Variant = "s
 def score_agreement(frame: pd.DataFrame, by: str, *, top: float) -> pd.DataFrame:
     """How far two conditions agree on the same turns, pair by pair within each group of `by`.
 
-    frame: condition, `by`, conversation, turn, score. One row a group, ordered pair and metric: `by`, condition, other,
-    metric, value, n (turns). The metrics are the `rank correlation` of the scores (Spearman, in [-1, 1]; NaN where all
-    scores of a condition are equal) and the `top share in common`: of the turns that are among the fraction `top` with
-    the highest scores under either condition, the share that is so under both (Jaccard, in [0, 1]; two random choices
-    have about top / (2 - top) in common). Equal scores are taken in the order of conversation and turn.
+    frame: condition, `by`, conversation, turn, score. One row per group, ordered pair and metric: `by`, condition,
+    other, metric, value, n (turns). The metrics (AGREEMENT) are the `rank correlation` of the scores (Spearman, in
+    [-1, 1]; NaN if all scores of a condition are equal) and the `top share in common`: among the turns in the fraction
+    `top` with the highest scores under either condition, the share in it under both (Jaccard, in [0, 1]; two random
+    choices have about top / (2 - top) in common). Equal scores are taken in the order of conversation and turn.
 
-    Raises InputError where two conditions of a group were not scored on the same turns.
+    Raises InputError if two conditions of a group were not scored on the same turns.
     """
     rows = []
     for key, group in frame.groupby(by, sort=False):

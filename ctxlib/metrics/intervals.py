@@ -1,20 +1,63 @@
 """Means with their intervals, over questions, over pairs and over seeds."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import bootstrap
 from scipy.stats import t as student_t
 
 from ctxlib.params import InputError
 
 Values = Sequence | np.ndarray | pd.Series  # of numbers or truths
-_RESAMPLED_AT_ONCE = 4_000_000  # numbers held by one block of bootstrap samples
+Side = Literal["above", "below"]
+Range = tuple[int | float, int | float]
+FRACTION, CHANGE, UNBOUNDED = (0.0, 1.0), (-1.0, 1.0), (-math.inf, math.inf)  # ranges of a fraction, a difference, any
+FEWEST_SEEDS = 5  # with fewer, single seeds are shown and no interval
+_RESAMPLED_AT_ONCE = 200_000  # numbers in one batch of bootstrap samples: they fit into a cache
+
+
+class Estimate(NamedTuple):
+    """A mean with its interval, like a row of `summarise`."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+
+def holds(low: int | float, high: int | float, threshold: int | float, side: Side = "above") -> bool:
+    """Whether the whole interval [low, high] lies on the claimed side of the threshold; False without an interval.
+
+    The one rule for claims. "No worse by more than m" is a non-inferiority test: threshold -m, side "above".
+    Reference: Piaggio et al. 2012 (CONSORT extension for non-inferiority), figure 1.
+    """
+    return bool(low > threshold if side == "above" else high < threshold)
+
+
+def in_words(row: Any, spec: str = "+.2f", *, of: str | None = None, p: bool = False) -> str:
+    """A mean and its interval for a sentence: "+0.12 [+0.08, +0.16]"; without the brackets if there is no interval.
+
+    row: anything with value, ci_low and ci_high, such as a row of `itertuples()`. `spec` formats all three numbers.
+    `p` adds the row's p_value: ", p = 0.02". `of` adds its n: "n" gives ", n = 40", any other word follows the number,
+    as in ", 5 seeds".
+    """
+    text = format(row.value, spec)
+    if not pd.isna(row.ci_low):
+        text += f" [{format(row.ci_low, spec)}, {format(row.ci_high, spec)}]"
+    if p:
+        text += f", p = {row.p_value:.2g}"
+    if of is None:
+        return text
+    n = f"{int(row.n):,}"
+    return f"{text}, n = {n}" if of == "n" else f"{text}, {n} {of}"
 
 
 def wilson_interval(successes: int | float, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion, within [0, 1]; (0, 1) where n = 0. Reference: Wilson 1927, closed form."""
+    """Score interval of a proportion, within [0, 1]; (0, 1) if n = 0. Reference: Wilson 1927, closed form."""
     if n == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(0.5 + level / 2)
@@ -26,15 +69,40 @@ def wilson_interval(successes: int | float, n: int, *, level: float = 0.95) -> t
 
 
 def bootstrap_interval(
-    values: Values, samples: int = 2000, seed: int = 0, *, level: float = 0.95
+    values: Values, samples: int = 2000, seed: int = 0, *, level: float = 0.95, out_of: Values | None = None
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, in their unit; (nan, nan) where there are none."""
+    """Percentile bootstrap interval of the mean of `values`, in their unit; (nan, nan) if there are none.
+
+    With `out_of` that of the ratio sum(values) / sum(out_of), both resampled together. Limits never leave the range
+    of the values. Reference: Efron and Tibshirani 1993, chapter 13; `scipy.stats.bootstrap`.
+    """
     array = np.asarray(values, dtype=float)
-    if not array.size:
-        return np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    draws = (array[rng.integers(array.size, size=(block, array.size))] for block in _blocks(samples, array.size))
-    return _percentiles(np.concatenate([draw.mean(axis=1) for draw in draws]), level)
+    if array.size < 2:  # nothing to resample
+        return (np.nan, np.nan) if not array.size else (float(array[0]), float(array[0]))
+    data, statistic = ((array,), np.mean) if out_of is None else ((array, np.asarray(out_of, dtype=float)), _ratio)
+    interval = bootstrap(
+        data,
+        statistic,
+        n_resamples=samples,
+        batch=max(1, _RESAMPLED_AT_ONCE // array.size),
+        vectorized=True,
+        paired=out_of is not None,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray, axis: int) -> np.ndarray:
+    return part.sum(axis=axis) / whole.sum(axis=axis)
+
+
+def estimate(values: Values, samples: int = 2000, seed: int = 0, *, level: float = 0.95) -> Estimate:
+    """Mean of `values` with its bootstrap interval and their number."""
+    array = np.asarray(values, dtype=float)
+    mean = float(array.mean()) if array.size else np.nan
+    return Estimate(mean, *bootstrap_interval(array, samples, seed, level=level), array.size)
 
 
 def paired_difference(
@@ -42,7 +110,7 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Mean of a - b over the same samples, in their order, and its bootstrap interval over pairs: (value, low, high).
 
-    Raises InputError where the two have different lengths.
+    Raises InputError if the two have different lengths.
     """
     if len(a) != len(b):
         raise InputError(f"paired_difference: {len(a)} and {len(b)} values; pair them by id before comparing")
@@ -63,8 +131,8 @@ def summarise(
 ) -> pd.DataFrame:
     """Mean of `metric` in each group as a tidy frame: `by` …, metric, value, ci_low, ci_high, n (rows that have it).
 
-    The intervals are Wilson's where the whole column holds only 0 and 1, and percentile bootstrap otherwise. Rows are
-    taken as independent of one another. Groups stand in the order of their first appearance.
+    The intervals are Wilson's if the whole column holds only 0 and 1, and percentile bootstrap otherwise. Rows are
+    treated as independent of one another. Groups appear in the order of their first row.
     """
     by = column_names(by)
     asked = frame.dropna(subset=[metric])
@@ -81,6 +149,17 @@ def summarise(
     return pd.DataFrame(rows, columns=[*by, "metric", "value", "ci_low", "ci_high", "n"])
 
 
+def summarise_each(
+    frames: Mapping[str, pd.DataFrame], by: str | Sequence[str], metric: str, *, samples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """`summarise` of every frame, one below the other, with the name of each in the last column, `condition`."""
+    parts = [
+        summarise(frame, by, metric, samples=samples, seed=seed).assign(condition=name)
+        for name, frame in frames.items()
+    ]
+    return pd.concat(parts)
+
+
 def paired_changes(
     frame: pd.DataFrame,
     metric: str,
@@ -93,9 +172,9 @@ def paired_changes(
 ) -> pd.DataFrame:
     """Change of `metric` from each condition of `before` to the condition `after`, paired by question id.
 
-    `frame` holds id, condition and the columns `by`; the result has a row a group and earlier condition: `by` …, after,
-    before, value (mean difference, in [-1, 1]), ci_low, ci_high, n (pairs). Raises InputError where a group's questions
-    differ between two conditions.
+    frame: id, condition and the columns `by`. One row per group and earlier condition: `by` …, after, before, value
+    (mean difference, in [-1, 1]), ci_low, ci_high, n (pairs). Raises InputError if a group's questions differ between
+    two conditions.
     """
     by = column_names(by)
     rows = []
@@ -111,34 +190,49 @@ def paired_changes(
 
 
 def over_seeds(
-    frame: pd.DataFrame, by: str | Sequence[str], *, value: str = "value", level: float = 0.95
+    frame: pd.DataFrame,
+    by: str | Sequence[str],
+    *,
+    within: Range | Mapping[str, Range] = FRACTION,
+    value: str = "value",
+    level: float = 0.95,
 ) -> pd.DataFrame:
     """Mean over seeds with Student's t interval: `by` …, value, ci_low, ci_high, p_value, n (seeds).
 
-    `frame` has a row a seed and group (InputError for two). The run is the unit: questions of one run share its data
-    and its weights, so that more of them do not make the interval narrower than the runs agree. Of so few values a
-    bootstrap would be far too narrow; t is exact where they are normal. p_value is that of a mean of zero, two-sided,
-    and of use where the values are differences (`seed_differences`: then it is the paired t test). A single seed has
-    no interval.
+    frame: one row per seed and group.
+    within: the range of the quantity: FRACTION, CHANGE (a difference of fractions) or UNBOUNDED; or a range for each
+        value of the column `metric`, which then is one of `by`. Limits are clipped to it: the mean itself lies in the
+        range, so clipping loses no coverage, and the interval still contains zero exactly if p_value > 1 - level.
+
+    The run is the unit: questions of one run share its data and weights, so more questions do not make the interval
+    narrower than the agreement of the runs. For so few values a bootstrap would be far too narrow; t is exact if they
+    are normal. With fewer than FEWEST_SEEDS seeds the limits are NaN: show the single runs instead. p_value is that of
+    a mean of zero, two-sided, and only useful for differences (`seed_differences`: then it is the paired t test).
+
+    Raises InputError if a seed appears twice in a group, or if a value lies outside the range.
     """
     by = column_names(by)
     if frame.duplicated([*by, "seed"]).any():
-        raise InputError("over_seeds: a seed stands twice in a group; take the mean over its questions first")
+        raise InputError("over_seeds: a seed appears twice in a group; take the mean over its questions first")
     rows = []
     for key, values in frame.dropna(subset=[value]).groupby(by, sort=False, dropna=False)[value]:
+        lowest, highest = within[dict(zip(by, key, strict=True))["metric"]] if isinstance(within, Mapping) else within
+        if not values.between(lowest - 1e-9, highest + 1e-9).all():
+            raise InputError(f"over_seeds: {key}: values outside [{lowest:g}, {highest:g}]; pass their range as within")
         n, mean = len(values), float(values.mean())
         error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
-        reach = student_t.ppf(0.5 + level / 2, max(n - 1, 1)) * error
+        reach = student_t.ppf(0.5 + level / 2, n - 1) * error if n >= FEWEST_SEEDS else np.nan
+        low, high = np.clip([mean - reach, mean + reach], lowest, highest)
         p_value = 2 * student_t.sf(abs(mean) / error, n - 1) if error > 0 else np.nan
-        rows.append((*key, mean, mean - reach, mean + reach, p_value, n))
+        rows.append((*key, mean, low, high, p_value, n))
     return pd.DataFrame(rows, columns=[*by, "value", "ci_low", "ci_high", "p_value", "n"])
 
 
 def seed_differences(frame: pd.DataFrame, by: str | Sequence[str], *, before: str) -> pd.DataFrame:
     """Change of `value` from the condition `before` to every other within each seed: condition, `by` …, seed, value.
 
-    `frame` holds condition, seed, the columns `by` and a row a seed, condition and group; groups that `before` has not
-    are left out. Raises InputError where a condition lacks a seed that `before` has, or the other way round.
+    frame: condition, seed, value and the columns `by`, one row per seed, condition and group. Groups that `before`
+    lacks are left out. Raises InputError if a condition lacks a seed that `before` has, or the other way round.
     """
     keys = [*column_names(by), "seed"]
     sides = {name: part.set_index(keys)["value"] for name, part in frame.groupby("condition", sort=False)}
@@ -151,15 +245,3 @@ def seed_differences(frame: pd.DataFrame, by: str | Sequence[str], *, before: st
 
 def column_names(by: str | Sequence[str]) -> list[str]:
     return [by] if isinstance(by, str) else list(by)
-
-
-def _blocks(samples: int, width: int) -> Iterator[int]:
-    """Sizes of the blocks that `samples` bootstrap samples of `width` numbers are drawn in."""
-    size = max(1, _RESAMPLED_AT_ONCE // width)
-    for start in range(0, samples, size):
-        yield min(size, samples - start)
-
-
-def _percentiles(statistics: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(statistics, [0.5 - level / 2, 0.5 + level / 2])
-    return float(low), float(high)

@@ -5,11 +5,12 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, precision_score, recall_score, roc_auc_score, roc_curve
 from sklearn.metrics import precision_recall_curve as _precision_recall_curve
 
-from ctxlib.metrics.intervals import Values, _blocks, _percentiles, column_names, wilson_interval
+from ctxlib.metrics.intervals import CHANGE, Values, column_names, wilson_interval
 from ctxlib.params import InputError
 
 
@@ -38,27 +39,26 @@ def precision_recall(truth: Values, score: Values, threshold: int | float) -> tu
     )
 
 
-def auc(
-    truth: Values, score: Values, samples: int = 2000, seed: int = 0, *, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Area under the ROC curve with a bootstrap interval stratified by truth: (value, low, high), each in [0, 1].
+def auc(truth: Values, score: Values, *, level: float = 0.95) -> tuple[float, float, float]:
+    """Area under the ROC curve with DeLong's interval: (value, low, high), each in [0, 1].
 
-    Resampling each class with replacement is a multinomial draw over the distinct scores, so that a bootstrap sample
-    costs no sorting. Raises InputError where `truth` holds one class only.
+    The limits are those of logit(AUC), transformed back, so that they stay in (0, 1) and are not symmetric close to 1,
+    where the untransformed ones reach beyond it. Two degenerate cases: an AUC of 0 or 1 has an interval of no width,
+    as under the bootstrap; a class of one turn has no variance to estimate, so that the interval is (0, 1).
+
+    Raises InputError if `truth` holds one class only.
+    Reference: DeLong et al. 1988; Pepe 2003, section 5.2.
     """
     truth, score = _two_classes(truth, score)
-    distinct, place = np.unique(score, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    positives, negatives = (np.bincount(place[truth == side], minlength=distinct.size) for side in (True, False))
-
-    def redraw(counts: np.ndarray, block: int) -> np.ndarray:
-        return rng.multinomial(counts.sum(), counts / counts.sum(), size=block) / counts.sum()
-
-    areas = []
-    for block in _blocks(samples, distinct.size):
-        above, below = redraw(positives, block), redraw(negatives, block)
-        areas.append((above * (np.cumsum(below, axis=1) - below / 2)).sum(axis=1))
-    return float(roc_auc_score(truth, score)), *_percentiles(np.concatenate(areas), level)
+    shares = _ranked_right(truth, score)
+    area = float(shares[truth].mean())
+    if area in (0, 1):
+        return area, area, area
+    if min(truth.sum(), (~truth).sum()) < 2:
+        return area, 0.0, 1.0
+    reach = _normal_reach(level) * _delong_error(truth, shares) / (area * (1 - area))  # delta method
+    low, high = expit(logit(area) + np.array([-reach, reach]))
+    return area, float(low), float(high)
 
 
 def auc_by(
@@ -67,15 +67,13 @@ def auc_by(
     *,
     truth: str = "depends_on_context",
     score: str = "score",
-    samples: int = 2000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """`auc` of each group as a tidy frame: `by` …, metric, value, ci_low, ci_high, n.
 
-    A group of which no truth is known, or that holds one class only, has no row.
+    A group without known truth, or with one class only, has no row.
     """
     rows = [
-        (*key, "auc", *auc(part[truth], part[score], samples, seed), len(part))
+        (*key, "auc", *auc(part[truth], part[score]), len(part))
         for key, part in _groups_of_both_classes(frame, by, truth)
     ]
     return pd.DataFrame(rows, columns=[*column_names(by), "metric", "value", "ci_low", "ci_high", "n"])
@@ -108,7 +106,7 @@ def curve_by(
 ) -> pd.DataFrame:
     """`roc_curve_frame` or `precision_recall_frame` of each group, one below the other, with the columns `by`.
 
-    A group of which no truth is known, or that holds one class only, has no rows.
+    A group without known truth, or with one class only, has no rows.
     """
     groups = _groups_of_both_classes(frame, by, truth)
     parts = [
@@ -127,9 +125,9 @@ def auc_changes(
 ) -> pd.DataFrame:
     """Change of the AUC from the scores of the group `before` to those of every other, on the turns that both scored.
 
-    Columns: `by`, before, value, ci_low, ci_high (95 %), n (turns); no rows where no truth is known. With the share of
-    the other class that a turn is ranked right against, averaged within each class, as AUC, the difference of two AUCs
-    is a difference of paired means. Reference: DeLong et al. 1988.
+    Columns: `by`, before, value, ci_low, ci_high (95 %, clipped to [-1, 1]), n (turns); no rows if no truth is known.
+    An AUC is a mean over turns (`_ranked_right`), so the difference of two AUCs is a difference of paired means.
+    Reference: DeLong et al. 1988.
     """
     turns = ["conversation", "turn"]
     groups = {name: part.set_index(turns) for name, part in frame.dropna(subset=[truth]).groupby(by, sort=False)}
@@ -139,10 +137,8 @@ def auc_changes(
         if pairs[truth].nunique() == 2:
             known = pairs[truth].to_numpy(dtype=bool)
             change = _ranked_right(known, pairs["after"]) - _ranked_right(known, pairs[score])
-            value = change[known].mean()
-            error = np.sqrt(sum(change[side].var(ddof=1) / side.sum() for side in (known, ~known)))
-            reach = NormalDist().inv_cdf(0.975) * error
-            rows.append((name, before, value, value - reach, value + reach, len(pairs)))
+            value, reach = change[known].mean(), _normal_reach(0.95) * _delong_error(known, change)
+            rows.append((name, before, value, *np.clip([value - reach, value + reach], *CHANGE), len(pairs)))
     return pd.DataFrame(rows, columns=[by, "before", "value", "ci_low", "ci_high", "n"])
 
 
@@ -155,7 +151,7 @@ def selection(
 ) -> pd.DataFrame:
     """Precision and recall of selecting score > threshold: threshold, metric, value, ci_low, ci_high (Wilson), n.
 
-    n counts the selected turns for precision and the dependent ones for recall; no rows where no truth is known.
+    n counts the selected turns for precision and the dependent ones for recall; no rows if no truth is known.
     """
     known = frame.dropna(subset=[truth])
     dependent, rows = known[truth].astype(bool), []
@@ -176,13 +172,27 @@ def _groups_of_both_classes(
 
 
 def _ranked_right(truth: np.ndarray, score: Values) -> np.ndarray:
-    """For each sample the share of the other class on its right side, ties half; its mean over a class is the AUC."""
+    """For each turn the share of the other class on its right side, in [0, 1]; its mean over either class is the AUC.
+
+    Among all scores a turn's midrank counts the scores below it and half of the equal ones; less its midrank within
+    its own class, that leaves those of the other class. Two true turns with scores 0.9 and 0.4, and two false ones
+    with 0.4 and 0.1: 0.9 beats both, 1; the true 0.4 beats 0.1 and ties with 0.4, 0.75; the AUC is 0.875.
+    """
     score = np.asarray(score, dtype=float)
     within = np.empty(len(score))
     for side in (truth, ~truth):
         within[side] = rankdata(score[side])
     below = (rankdata(score) - within) / np.where(truth, (~truth).sum(), truth.sum())
     return np.where(truth, below, 1 - below)
+
+
+def _delong_error(truth: np.ndarray, shares: np.ndarray) -> float:
+    """Standard error of an AUC, from the shares of `_ranked_right`, or of a change of AUC, from their differences."""
+    return float(np.sqrt(sum(shares[side].var(ddof=1) / side.sum() for side in (truth, ~truth))))
+
+
+def _normal_reach(level: float) -> float:
+    return NormalDist().inv_cdf(0.5 + level / 2)
 
 
 def _two_classes(truth: Values, score: Values) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,11 @@
-"""The paper: its printed tables, and our experiments beside them.
+"""The paper: its printed tables, and our experiments next to them.
 
 Experiments are read from what the notebooks wrote: `manifest.json` and tables. An experiment of which some notebooks
 never ran has fewer rows, nothing else.
 """
 
 from ctxlib.paper.cells import compare, dataset_counts, departures, ours_in, pairs
-from ctxlib.paper.directions import directions, minus, recall_errors
+from ctxlib.paper.directions import directions, minus, recall_errors, worded
 from ctxlib.paper.outputs import Experiment, experiments, gather
 from ctxlib.paper.printed import (
     ALPHA,
@@ -80,4 +80,5 @@ __all__ = [
     "table_2",
     "table_9_against_3",
     "table_10",
+    "worded",
 ]

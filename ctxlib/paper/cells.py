@@ -28,7 +28,7 @@ def departures(experiment: Experiment) -> list[str]:
 def measured(experiment: Experiment) -> pd.DataFrame:
     """What an experiment measured, under the keys of `paper.tables`: OURS, plus seed and experiment.
 
-    `same` tells whether it is the paper's quantity, so that a difference means something; `note` what else differs, or
+    `same`: whether it is the paper's quantity, so that the difference is meaningful; `note` what else differs, or
     why not. Rates are fractions in [0, 1], the intervals those of the tables (95 %).
     """
     parts = [*_steering(experiment), *_dataset(experiment), *_main(experiment), *_official(experiment)]

@@ -1,4 +1,4 @@
-"""Ours against what the paper says goes up or down, where its own values mean nothing for our models."""
+"""Directions of our changes and the paper's: comparable even for models on which its values mean nothing."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ctxlib.metrics import holds
 from ctxlib.paper import printed
 from ctxlib.paper.outputs import VALUES, Experiment, needle_rows, stack
 from ctxlib.paper.printed import ALPHA, INDICATED, SQUAD_QUAC_DROP, VANILLA
@@ -16,10 +17,10 @@ CHANGES = ["key", "measured", "value", "ci_low", "ci_high", "n", "interval"]
 def directions(found: Sequence[Experiment]) -> pd.DataFrame:
     """The paper's claims with our changes: key, where, claim, paper_says, paper, measured, value, …, agrees.
 
-    `paper` counts the signs of its own numbers (`paper.changes`); value, ci_low, ci_high (95 %) and n are ours, with
-    the interval over questions "paired" or, where the notebooks wrote no paired change, "unpaired" (`minus`), as a rule
-    wider. `agrees`: "yes" or "no" where the interval lies on one side of zero, "open" where it holds zero, "no
-    interval", or "not measured".
+    `paper` counts the signs of its own numbers (`paper.changes`); value, ci_low, ci_high (95 %) and n are ours. The
+    interval over questions is "paired" or, if the notebooks wrote no paired change, "unpaired" (`minus`), usually
+    wider. `agrees`: "yes" or "no" if the whole interval lies on one side of zero (`metrics.holds`), "open" if it
+    contains zero, "no interval", or "not measured".
     """
     signs = printed.changes().groupby("key").value.agg(_signs)
     ours = stack([changes(one).assign(experiment=one.name, seed=one.setting("seed")) for one in found], CHANGES)
@@ -40,10 +41,17 @@ def _agrees(says: str, value: float, low: float, high: float) -> str:
         return "not measured"
     if pd.isna(low):
         return "no interval"
-    if says == "down":
-        low, high = -high, -low
-    right = low >= 0 if says == "not down" else low > 0
-    return "yes" if right else "no" if high < 0 else "open"
+    side, other = ("below", "above") if says == "down" else ("above", "below")
+    right = low >= 0 if says == "not down" else holds(low, high, 0, side)
+    return "yes" if right else "no" if holds(low, high, 0, other) else "open"
+
+
+def worded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The frame of `directions` for `figures.forest`: `claim` says whose change it is, `verdict` what it says of it."""
+    verdicts = {"yes": "holds", "no": "does not hold", "open": "not decided"}
+    said = rows.claim + " (" + rows.paper_says + "; paper: " + rows.paper + ")"
+    ours = (" · " + rows.experiment + ", " + rows.measured).where(rows.agrees != "not measured", "")
+    return rows.assign(claim=said + ours, verdict=rows.agrees.replace(verdicts))
 
 
 def changes(experiment: Experiment) -> pd.DataFrame:
@@ -55,8 +63,8 @@ def changes(experiment: Experiment) -> pd.DataFrame:
 def minus(frame: pd.DataFrame, column: str, after: Any, before: Any, by: Sequence[str]) -> pd.DataFrame:
     """`by` …, value, ci_low, ci_high, n: the rows with `after` in a column minus those with `before`, unpaired.
 
-    The interval is put together from those of the two values (in [-1, 1] for two rates), as if they were independent;
-    answers to the same questions are not, and their paired interval is as a rule narrower. Reference: Newcombe 1998,
+    The interval combines those of the two values (in [-1, 1] for two rates) as if they were independent; answers to
+    the same questions are not, and their paired interval is usually narrower. Reference: Newcombe 1998,
     method 10; Zou and Donner 2008 for any other mean.
     """
     sides = [frame[frame[column] == side].set_index(list(by))[list(VALUES)] for side in (after, before)]
@@ -132,9 +140,9 @@ def _layers(experiment: Experiment) -> Iterator[pd.DataFrame]:
 
 
 def recall_errors(found: Sequence[Experiment]) -> pd.DataFrame:
-    """Figure 2, the paper's beside ours: side, model, condition, value, ci_low, ci_high, n; fractions in [0, 1].
+    """Figure 2, the paper's and ours: side, model, condition, value, ci_low, ci_high, n; fractions in [0, 1].
 
-    The paper's are 1 - table 7, with ± 1 standard deviation over its four prompts where it prints one; ours are 1 -
+    The paper's are 1 - table 7, with ± 1 standard deviation over its four prompts if it prints one; ours are 1 -
     recall with its 95 % interval. All with the response prefix.
     """
     shown = [printed.PRETRAINED, printed.IN_TEMPLATE, printed.IN_RAW]

@@ -1,4 +1,4 @@
-"""Experiments as they lie in a folder of outputs: their parameters, and the tables that their notebooks wrote."""
+"""Experiments in a folder of outputs: their parameters, and the tables that their notebooks wrote."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ctxlib.paper import printed
 from ctxlib.params import InputError
 
 VALUES = ("value", "ci_low", "ci_high", "n")
-TABLES = {  # what is read of an experiment, and the columns that are needed
+TABLES = {  # tables read of an experiment, and their required columns
     "dataset": ("dataset", "metric", "value"),
     "needle_recall": ("condition", "kind", "prefix", "metric", *VALUES),
     "attention_allocation": ("condition", "layer", "role", *VALUES),
@@ -38,11 +38,11 @@ class Experiment:
     tables: dict[str, pd.DataFrame]
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of `TABLES`; without rows where its notebook has not run."""
+        """One of `TABLES`; without rows if its notebook has not run."""
         return self.tables[name] if name in self.tables else pd.DataFrame(columns=TABLES[name])
 
     def setting(self, key: str) -> Any:
-        """The value of a parameter such as "scoring.threshold"; InputError where the manifest lacks it."""
+        """The value of a parameter such as "scoring.threshold"; InputError if the manifest lacks it."""
         if key not in self.params:
             raise InputError(f"{self.folder / 'manifest.json'}: params: no key '{key}'; run the experiment again")
         return self.params[key]
@@ -72,8 +72,7 @@ class Experiment:
 def experiments(outputs: str | Path) -> list[Experiment]:
     """The experiments in a folder, by name: every folder in it that holds a `manifest.json`.
 
-    Raises InputError, naming the file, for a manifest that is no manifest and for a table that cannot be read or lacks
-    a column.
+    Raises InputError, naming the file, for an invalid manifest and for a table that cannot be read or lacks a column.
     """
     return [_experiment(manifest) for manifest in sorted(Path(outputs).glob("*/manifest.json"))]
 
@@ -126,6 +125,6 @@ def stack(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFram
 
 
 def needle_rows(frame: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
-    """The rows with the paper's metric, the share of the keywords, if there are any, else with ours; and which."""
+    """The rows with the paper's metric, the share of keywords, if there are any, else ours; and which of the two."""
     same = bool((frame.metric == "needle_recall").any())
     return frame[frame.metric == ("needle_recall" if same else "recalled")], same

@@ -1,4 +1,4 @@
-"""What the paper printed, as tidy frames to be drawn beside ours. Wang et al. 2024, arXiv 2411.02688.
+"""The paper's printed tables as tidy frames, to be drawn next to ours. Wang et al. 2024, arXiv 2411.02688.
 
 The tables stand here as they are printed, so that they can be read against the paper; `every_table` gives them all in
 one shape, with fractions where the paper has percent.

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlib.conversations import Message, Question, Rule
-from ctxlib.metrics import wilson_interval
+from ctxlib.metrics import bootstrap_interval, wilson_interval
 from ctxlib.params import InputError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
@@ -286,17 +286,12 @@ def instruction_accuracy(checked: pd.DataFrame, *, samples: int = 2000, seed: in
     question share its answer. Criteria `strict` and `loose`. Reference: Zhou et al. 2023.
     """
     by_id = checked.groupby("id", sort=False)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(by_id.ngroups, size=(samples, by_id.ngroups)) if by_id.ngroups else None
     rows = []
     for criterion in ("strict", "loose"):
         followed, asked = by_id[criterion].sum().to_numpy(), by_id.size().to_numpy()
         whole, n = int((followed == asked).sum()), len(asked)
         rows.append(("prompt", criterion, whole / n if n else np.nan, *wilson_interval(whole, n), n))
-        if n:
-            ratios = followed[draws].sum(axis=1) / asked[draws].sum(axis=1)
-            low, high = map(float, np.quantile(ratios, [0.025, 0.975]))
-            rows.append(("instruction", criterion, followed.sum() / asked.sum(), low, high, int(asked.sum())))
-        else:
-            rows.append(("instruction", criterion, np.nan, np.nan, np.nan, 0))
+        share = followed.sum() / asked.sum() if n else np.nan
+        interval = bootstrap_interval(followed, samples, seed, out_of=asked)
+        rows.append(("instruction", criterion, share, *interval, int(asked.sum())))
     return pd.DataFrame(rows, columns=["level", "criterion", "value", "ci_low", "ci_high", "n"])

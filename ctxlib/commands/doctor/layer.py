@@ -149,8 +149,8 @@ def _separation(
         "mean over heads": [answer.to_user[place].mean().item() for answer in answers],
         "equal attention": [answer.uniform.mean().item() for answer in answers],
     }
-    beside = [f"{name} {auc(truth, of_it, samples=1)[0]:.2f}" for name, of_it in others.items()]
-    areas = [auc(truth, scores[:, other], samples=1)[0] for other in range(scores.shape[1])]
+    beside = [f"{name} {auc(truth, of_it)[0]:.2f}" for name, of_it in others.items()]
+    areas = [auc(truth, scores[:, other])[0] for other in range(scores.shape[1])]
     best = int(np.argmax(areas))
     finding = (
         f"AUC {value:.2f} ({low:.2f} to {high:.2f}), {sum(truth)} of {len(truth)} answers need their passage; "

@@ -17,7 +17,7 @@ from ctxlib.evidence.trials.definition import (
     open_evidence,
 )
 from ctxlib.evidence.trials.plan import Plan
-from ctxlib.evidence.trials.tables import by_run, dosed, named, run, scored_turns
+from ctxlib.evidence.trials.tables import by_marks, by_run, dosed, named, run, scored_turns
 
 __all__ = [
     "INDICATED",
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Trial",
     "answers",
+    "by_marks",
     "by_run",
     "dosed",
     "marked",

@@ -87,6 +87,16 @@ def by_run(table: pd.DataFrame, *, samples: int = 2000, seed: int = 0) -> pd.Dat
     return pd.concat(runs, ignore_index=True).drop(columns="metric").rename(columns={"name": "metric"})
 
 
+def by_marks(frame: pd.DataFrame, unmarked: str | None = None) -> pd.DataFrame:
+    """The rows with the column `marks`: the condition without how it was asked (", [IND]" or ", template").
+
+    With `unmarked` only the conditions asked with [IND], and that trial's in the template.
+    """
+    if unmarked is not None:
+        frame = frame[frame.condition.str.endswith("[IND]") | (frame.condition == f"{unmarked}, template")]
+    return frame.assign(marks=frame.condition.str.removesuffix(", [IND]").str.removesuffix(", template"))
+
+
 def named(table: pd.DataFrame) -> pd.DataFrame:
     """The measurements under the names of NAMES; recall also by kind, attention by layer and as the mean of layers."""
     names = pd.MultiIndex.from_frame(table[["family", "metric"]]).map(NAMES)
