@@ -194,7 +194,7 @@ def test_broken_adapters_are_named_before_the_base_is_loaded(model, model_folder
         (put(config, "{}"), f"{config}: not the configuration of an adapter: it names no base_model_name_or_path"),
         (
             put(config, '{"base_model_name_or_path": "/moved/model"}'),
-            f"{config}: the adapter was trained on '/moved/model', which is not there; .* correct base_model_name",
+            f"{config}: base_model_name_or_path: no file or folder '/moved/model'; the adapter was trained on it",
         ),
     ):
         folder = shutil.copytree(tmp_path / "adapter", tmp_path / "broken")

@@ -49,7 +49,7 @@ DEFAULT_PARAMS = Path("params/miniature.yaml")
 app = App(
     name="ctxlib",
     help="Loss of context-awareness in instruction fine-tuning: measured, explained and cured.",
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=(), allow_repeating=True),  # the last value counts
     result_action="return_value",
     help_format="plaintext",  # markdown takes 0.2 s to import
 )
