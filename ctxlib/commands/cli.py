@@ -90,14 +90,15 @@ def rehearse(
 def plan(
     params: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")] = DEFAULT_PARAMS,
     overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="rtx3090, rtx4090, a100-40, a6000, a100-80 or h100.")] = "a6000",
 ) -> None:
-    """What an experiment would take, before anything runs: steps, downloads, GPU memory, time, and what would not fit.
+    """Print what an experiment needs: downloads, GPU memory, time, and problems, each with the setting that fixes it.
 
-    Nothing is downloaded and no weight is loaded.
+    Nothing is run or downloaded.
     """
-    from ctxlib.commands.plan import make_plan, show
+    from ctxlib.commands.plan import make_plan, print_plan
 
-    for line in show(make_plan(load_params(params, _parse(overrides)))):
+    for line in print_plan(make_plan(load_params(params, _parse(overrides)), gpu)):
         print(line)
 
 
