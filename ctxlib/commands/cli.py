@@ -122,17 +122,21 @@ def doctor(
     """
     from rich.console import Console
 
-    from ctxlib.commands.doctor import examine, open_patient, show
+    from ctxlib.commands.doctor import examine, open_patient, print_examination
 
     patient, tokenizer, corpus = open_patient(
         model, dtype=dtype, quantisation=quantisation, chat_template=chat_template, revision=revision
     )
-    frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus)
+    frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus, progress=_announce)
     if as_json:
         print(frame.to_json(orient="records", indent=2, force_ascii=False))
     else:
-        show(frame, tokenizer, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+        print_examination(frame, tokenizer, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     raise SystemExit(int((frame["verdict"] == "fail").any()))
+
+
+def _announce(check: str) -> None:
+    print(f"checking {check} …", file=sys.stderr, flush=True)
 
 
 @app.command()
