@@ -235,7 +235,7 @@ def test_directions_of_the_template_of_steering_and_of_the_layers(tmp_path):
     )
     cures = values(
         treatment=["steering α=0.95", "indicator SFT, [IND]"] * 2,
-        variant=["mean over heads"] * 2 + ["retrieval head"] * 2,
+        heads=["mean over heads"] * 2 + ["retrieval head"] * 2,
         layer=3,
         value=[0.3, 0.1, 0.3, 0.1],
     )
