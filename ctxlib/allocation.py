@@ -46,7 +46,7 @@ def attention_allocation(
         steering = nullcontext()
         if steering_alpha is not None:
             steering = steer_attention(model, roles == Role.USER, steering_alpha, variant)
-        chosen = range(model.config.num_hidden_layers) if layers is None else layers
+        chosen = range(model.config.get_text_config().num_hidden_layers) if layers is None else layers
         recorder = record_allocation(model, roles, layers=chosen, stop_after=max(chosen))
         # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.
         less_memory = memory_advice("models.batch_size down")

@@ -341,8 +341,8 @@ def _check_adapter_is_read(model: PeftModel, file: Path, path: str | Path) -> No
     """Raises InputError unless the adapter's file holds exactly the weights that were laid over the model."""
     with safe_open(file, framework="pt") as weights:
         in_file = set(weights.keys())
-    known = set(get_peft_model_state_dict(model, save_embedding_layers=False)) | set(get_peft_model_state_dict(model))
-    if unread := sorted(in_file - known):
+    known = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if unread := sorted(in_file - known - set(model.state_dict())):  # embeddings may be saved whole
         raise InputError(
             f"{file}: {_some(unread)} of no layer of {path}: the adapter was made for another model; give its base "
             "model as base_model_name_or_path in adapter_config.json"

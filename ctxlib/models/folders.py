@@ -66,10 +66,10 @@ def _base_of(adapter: str | Path) -> tuple[str, str | None]:
 def _adapter_config(adapter: str | Path) -> dict[str, Any]:
     file = Path(adapter).expanduser() / "adapter_config.json"
     config = read_json_object(file)
-    if (kind := config.get("peft_type")) != "LORA":
-        raise InputError(f"{file}: peft_type {kind}: only LoRA adapters are read; merge it into its base model first")
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise InputError(f"{file}: not the configuration of an adapter: it names no base_model_name_or_path")
+    if (kind := config.get("peft_type")) != "LORA":
+        raise InputError(f"{file}: peft_type {kind}: only LoRA adapters are read; merge it into its base model first")
     return config
 
 
