@@ -53,7 +53,7 @@ def attention_allocation(
         steering = nullcontext()
         if steering_alpha is not None:
             steering = steer_attention(model, roles == Role.USER, steering_alpha, variant)
-        chosen = range(model.config.num_hidden_layers) if layers is None else layers
+        chosen = range(model.config.get_text_config().num_hidden_layers) if layers is None else layers
         grouped = pad_groups([groups[i] for i in examples]).to(device)
         recorder = record_allocation(model, grouped, layers=chosen, stop_after=max(chosen), names=names)
         # Padding is on the right, where no causal query sees it: without a mask the fast causal kernels stay in use.

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from ctxlib.commands import cli, doctor
-from ctxlib.commands.doctor import CONVERSATIONS, Check, examine, open_patient, show
+from ctxlib.commands.doctor import CONVERSATIONS, Check, examine, open_patient, print_examination
 from ctxlib.commands.doctor.display import role_strip
 from ctxlib.commands.doctor.layer import Answer, answer_attention, rank_correlation
 from ctxlib.commands.doctor.talk import TALK, with_odd_text
@@ -301,7 +301,7 @@ TEMPLATES = {
         "{% if messages[0].role != 'system' %}<|system|>\nYou help.\n{% endif %}" + ZEPHYR,
         "system text",
         "ok",
-        r"where there is none it writes '<|system|>\nYou help.\n",
+        r"without one it writes '<|system|>\nYou help.\n",
     ),
     "trims": (ZEPHYR.replace("m.content", "m.content.strip()"), "contents", "ok", "trims system, user, assistant"),
     "keeps": (ZEPHYR, "contents", "ok", "keeps spaces at the edges, keeps earlier turns, keeps earlier reasoning"),
@@ -514,7 +514,7 @@ def test_conversations_without_a_truth_are_refused_in_the_layers_line(model, tok
 
 def shown(frame, tokenizer, **options):
     console = Console(file=StringIO(), highlight=False, width=100, **options)
-    show(frame, tokenizer, console)
+    print_examination(frame, tokenizer, console)
     return console.file.getvalue()
 
 
@@ -551,7 +551,10 @@ def called(*arguments):
 
 def test_the_exit_status_is_1_where_a_check_fails_and_2_for_bad_input(model_folder, capsys):
     assert called(model_folder, "--json") == 0
-    frame = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    frame = json.loads(printed.out)
+    started = [line for line in printed.err.splitlines() if line.startswith("checking ")]
+    assert len(started) >= 6 and started[0] == "checking model …"
     assert set(frame[0]) == {"check", "verdict", "finding", "remedy"}
     assert called(model_folder, "--indicator", "x") == 1
     assert capsys.readouterr().out.startswith("fail  indicator")

@@ -216,7 +216,7 @@ def test_broken_adapters_are_named_before_the_base_is_loaded(model, model_folder
     ],
 )
 def test_where_memory_runs_out_the_settings_are_named_and_what_is_kept(error):
-    full = pytest.raises(InputError, match=r"^out of memory \(.+\): set x down; what is finished lies in /here, ")
+    full = pytest.raises(InputError, match=r"^out of memory \(.+\): set x down; finished work is kept in /here, ")
     with full as told, memory_advice("x down", "/here"):
         raise error
     assert "\n" not in str(told.value)

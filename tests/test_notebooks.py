@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +171,15 @@ def test_a_second_call_does_nothing(request, which, reproduce):
 
 
 @pytest.mark.notebooks
-def test_the_plan_knew_how_many_answers_would_be_written(smoke):
+def test_a_plan_after_a_rehearsal_knows_how_many_answers_will_be_written(smoke, tmp_path):
+    """The smoke experiment as its own rehearsal: the answers planned are those that its notebooks wrote."""
     written = sum(len(path.read_text().splitlines()) for path in (smoke / "work" / "answers").glob("*.jsonl"))
-    planned = make_plan(load_params(ROOT / "params" / "smoke.yaml")).steps
-    assert sum(step.rows for step in planned if step.kind == "answer") == written > 0
+    params = load_params(ROOT / "params" / "smoke.yaml", {"outputs": str(tmp_path)})
+    rehearsal = tmp_path / "rehearsal-smoke"
+    for name in ("answers", "scores"):
+        shutil.copytree(smoke / "work" / name, rehearsal / "work" / name)
+    content = params.model_dump(mode="json") | {"experiment": "rehearsal-smoke"}
+    (rehearsal / "params.yaml").write_text(json.dumps(content))
+    plan = make_plan(params)
+    assert sum(step.rows for step in plan.steps if step.what == "answering") == pytest.approx(written)
+    assert written > 0 and plan.times["conversations"] > 1  # 02 scores a part of them again, in other variants

@@ -1,4 +1,4 @@
-"""`ctxlib plan`: what is exact is held against models that are really built, what is estimated against its bounds."""
+"""`ctxlib plan`: exact numbers are checked against real models, estimates against their bounds."""
 
 import json
 import random
@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import sentencepiece
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ctxlib import experiment
-from ctxlib.commands import cli
-from ctxlib.commands.plan import fits, hours, make_plan, show, sources
+from ctxlib.commands import cli, sources
+from ctxlib.commands.network import KNOWN, as_config, count
+from ctxlib.commands.plan import make_plan, print_plan
 from ctxlib.commands.plan.machines import GIB, GPUS
-from ctxlib.commands.plan.memory import footprints, replaced
-from ctxlib.commands.plan.network import KNOWN, as_config, count, training_memory
-from ctxlib.commands.plan.questions import MT_BENCH, frame, needle_contexts
-from ctxlib.commands.plan.steps import padding
+from ctxlib.commands.plan.memory import footprints, replaced, training_memory
+from ctxlib.commands.plan.texts import frame, needle_contexts
+from ctxlib.commands.plan.workload import padding
 from ctxlib.finetune import TrainingExample, add_lora, collate, pack, training_order
 from ctxlib.finetune.adapters import frozen_rows
 from ctxlib.models import load_model, set_indicator_row
@@ -73,7 +72,7 @@ def n_bytes(tensors) -> int:
 
 
 def text(plan) -> str:
-    return "\n".join(show(plan))
+    return "\n".join(print_plan(plan))
 
 
 @pytest.mark.parametrize(
@@ -229,8 +228,13 @@ def test_padding_is_that_of_the_batches_that_training_makes():
         assert padding(section.model_copy(update=without), lengths) == 1
 
 
-def plan_of(path, **overrides):
-    return make_plan(load_params(path, overrides))
+def plan_of(path, gpu="a6000", **overrides):
+    return make_plan(load_params(path, overrides), gpu)
+
+
+def hours_by_gpu(params):
+    plans = [make_plan(params, gpu) for gpu in GPUS]
+    return pd.DataFrame([[plan.hours(step) for plan in plans] for step in plans[0].steps], columns=list(GPUS))
 
 
 @pytest.mark.parametrize("path", [*NINE, MINIATURE, ROOT / "params" / "smoke.yaml"], ids=lambda path: path.stem)
@@ -240,32 +244,26 @@ def test_every_params_file_has_a_plan_and_nothing_is_fetched(path, capsys, monke
         cli.main()
     printed = capsys.readouterr().out
     assert left.value.code in (0, None)
-    for title in (
-        "Models",
-        "Questions",
-        "Steps",
-        "Downloads and disk",
-        "GPU memory by batch size",
-        "Time, estimated",
-        "What is there",
-    ):
+    for title in ("Models", "Texts", "Time on one A6000", "Downloads and disk", "GPU memory by batch size"):
         assert f"\n{title}" in printed
     assert "nan" not in printed
 
 
 def test_the_paper_counts_where_the_data_are_on_the_hub():
     plan = plan_of(ROOT / "params" / "llama-2-7b-wizardlm.yaml")
-    assert (plan.conversations.n, plan.conversations.length) == (57_523, 484)
-    assert "Table 2" in plan.conversations.source and "Table 2" in text(plan)
-    trained = [step for step in plan.steps if step.kind == "train"]
+    conversations = plan.texts["conversations"]
+    assert (conversations.n, conversations.length) == (57_523, 484)
+    assert "Table 2" in conversations.source and "Table 2" in text(plan)
+    trained = [step for step in plan.steps if step.what == "training"]
     assert [step.rows for step in trained] == [2 * 57_523] * 2  # two epochs, vanilla and indicator
     assert plan.downloads()["yihanwang617/WizardLM_70k_unfiltered"] == 4 * 57_523 * 484
 
 
 def test_a_dataset_of_unknown_size_is_planned_as_not_known():
     plan = plan_of(NINE[0], **{"conversations.source": "somebody/something"})
-    assert "not here and not in the paper" in plan.conversations.source
-    assert "a training: not known how many steps" in text(plan) and " ? " in text(plan)
+    assert "not here" in plan.texts["conversations"].source
+    training = next(line for line in text(plan).splitlines() if line.startswith("  training"))
+    assert training.endswith("not known") and plan.downloads()["somebody/something"] == 0
 
 
 def test_local_conversations_are_counted(tmp_path, model_folder):
@@ -276,10 +274,11 @@ def test_local_conversations_are_counted(tmp_path, model_folder):
     local |= {"conversations.source": str(tmp_path / "data.json"), "conversations.on_bad_row": "drop"}
     plan = plan_of(MINIATURE, **local, **{"models.chat_template": None, "allocation.layer": 1, "scoring.layer": 1})
     # a token a byte: BOS, <|user|> and newline, text, </s> and newline, <|assistant|> and newline, text, </s>, newline
-    assert plan.conversations.n == 30
-    assert plan.conversations.length == 1 + 9 + 10 + 2 + 14 + 1 + 2
-    assert "1 × no user turn" in plan.conversations.source or "1 × leading assistant" in plan.conversations.source
-    assert plan.downloads() == {} and plan.models["pretrained"].where == "a folder here"
+    conversations = plan.texts["conversations"]
+    assert conversations.n == 30
+    assert conversations.length == 1 + 9 + 10 + 2 + 14 + 1 + 2
+    assert "1 × no user turn" in conversations.source or "1 × leading assistant" in conversations.source
+    assert plan.downloads() == {} and plan.models["pretrained"].where == "local folder"
 
 
 def write_to_cache(cache, name, commit, files, ref="main"):
@@ -311,62 +310,70 @@ def test_a_model_in_the_hubs_cache_is_read_there_and_not_downloaded_again(hub_ca
         plan_of(MINIATURE, **params | {"models.revision": "b" * 40})
 
 
-def test_what_would_not_fit_names_changes_that_make_it_fit(tmp_path):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_would_not_fit_names_changes_that_make_it_fit(gpu):
     path = ROOT / "params" / "tinyllama-ultrachat.yaml"
-    plan = plan_of(path, **{"models.batch_size": 128})
-    found = fits(plan)
-    usable = {gpu.memory: gpu.usable for gpu in GPUS}
-    assert {footprint.notebook for _, footprint, _, _ in found} >= {"01", "03"}
-    for memory, footprint, change, size in found:
-        assert footprint.total > usable[memory] >= size
-        changed = plan_of(path, **{"models.batch_size": 128} | change)
-        again = next(f for f in changed.footprints if (f.notebook, f.what) == (footprint.notebook, footprint.what))
+    plan = plan_of(path, gpu, **{"models.batch_size": 128})
+    found = plan.remedies()
+    assert {footprint.what for footprint, _, _ in found} >= {"answering"}
+    for footprint, change, size in found:
+        assert footprint.total > GPUS[gpu].usable >= size
+        changed = plan_of(path, gpu, **{"models.batch_size": 128} | change)
+        again = next(other for other in changed.footprints if other.what == footprint.what)
         assert again.total == size
         if "finetune.batch_size" in change:
             assert change["finetune.batch_size"] * change["finetune.gradient_accumulation"] == 128
-    assert "03 training takes" in text(plan) and "--set" in text(plan)
+    assert "answering takes" in text(plan) and "--set" in text(plan)
+
+
+def test_training_that_does_not_fit_keeps_the_product_of_batch_and_accumulation():
+    (training,) = [row for row in plan_of(ROOT / "params" / "tinyllama-ultrachat.yaml", "rtx3090").remedies()]
+    assert training[0].what == "training"
+    assert training[1]["finetune.batch_size"] * training[1]["finetune.gradient_accumulation"] == 128
 
 
 def test_where_quantisation_alone_is_enough_the_batch_stays():
-    plan = plan_of(ROOT / "params" / "llama-2-7b-wizardlm.yaml")
-    changes = [change for memory, footprint, change, _ in fits(plan) if (memory, footprint.notebook) == (24, "01")]
-    assert changes == [{"models.quantisation": "nf4"}] * 2
+    found = plan_of(ROOT / "params" / "llama-2-7b-wizardlm.yaml", "rtx4090").remedies()
+    changes = {footprint.what: change for footprint, change, _ in found}
+    assert changes["answering"] == changes["comparing embeddings"] == {"models.quantisation": "nf4"}
 
 
 def test_where_no_setting_helps_a_larger_gpu_is_named():
-    plan = plan_of(
-        ROOT / "params" / "llama-3-8b-sharegpt.yaml", **{"needle.lengths": [500_000], "models.batch_size": 1}
-    )
-    assert (24, None) in [(memory, change) for memory, footprint, change, _ in fits(plan) if footprint.notebook == "01"]
-    assert "no setting of this file makes it fit" in text(plan)
+    changes = {"needle.lengths": [500_000], "models.batch_size": 1}
+    plan = plan_of(ROOT / "params" / "llama-3-8b-sharegpt.yaml", "rtx3090", **changes)
+    assert ("answering", None) in [(footprint.what, change) for footprint, change, _ in plan.remedies()]
+    assert "no setting makes it fit: use a larger GPU" in text(plan)
     assert any(problem.startswith("needle.lengths: 500,000 tokens") for problem in plan.problems)
 
 
 def test_memory_and_time_grow_with_what_they_depend_on():
     params = load_params(NINE[0])
     plan = make_plan(params)
-    double = footprints(
-        replaced(params, {"models.batch_size": 2 * params.models.batch_size}), plan.models, plan.questions
-    )
+    double = footprints(replaced(params, {"models.batch_size": 2 * params.models.batch_size}), plan.models, plan.texts)
     for before, after in zip(plan.footprints, double, strict=True):
         assert (after.total > before.total) == (before.setting == "models.batch_size")
-    for step in plan.steps:
-        by_gpu = pd.Series(hours(plan, step))
-        assert by_gpu.idxmin() == "H100 80 GB" and by_gpu.idxmax() == "RTX 3090 24 GB"
+    by_gpu = hours_by_gpu(params)
+    assert set(by_gpu.idxmin(axis=1)) == {"h100"} and set(by_gpu.idxmax(axis=1)) == {"rtx3090"}
 
 
 def test_training_takes_the_hours_that_its_operations_take():
     """Llama-2-7B on ShareGPT by hand: three passes of 2 × 6.6 G operations a token, and causal attention's."""
-    plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml")
-    step = next(step for step in plan.steps if step.kind == "train")
+    plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", "a100-80")
+    step = next(step for step in plan.steps if step.what == "training")
     assert 1 <= step.padding < 1.02  # conversations of like length in each batch
     tokens = step.padding * 93_645 * 1567.68
     operations = 3 * tokens * (2 * (32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 32_000 * 4096) + 2 * 32 * 4096 * 1567.68)
-    assert hours(plan, step)["A100 80 GB"] == pytest.approx(operations / (0.35 * 312e12) / 3600)
+    assert plan.hours(step) == pytest.approx(operations / (0.35 * 312e12) / 3600)
+
+
+def test_a_gpu_that_is_not_in_the_table_is_refused_with_those_that_are():
+    with pytest.raises(InputError, match=r"--gpu: 'abacus' is not in the table; choose one of rtx3090, .*h100"):
+        plan_of(MINIATURE, "abacus")
+    assert plan_of(MINIATURE, "H100").gpu.name == "H100 80 GB"
 
 
 def test_evidence_is_no_experiment_to_plan():
-    with pytest.raises(InputError, match="evidence: plans are of 00 to 05"):
+    with pytest.raises(InputError, match="evidence: only 00 to 05 can be planned"):
         plan_of(ROOT / "params" / "smoke-evidence.yaml")
 
 
@@ -408,48 +415,63 @@ def test_layers_windows_and_lengths_that_cannot_be_are_told():
     assert "0 to 5" in problems[0] and "set it to 2048" in problems[3]
 
 
-def test_what_is_there_is_counted(tmp_path):
-    work = tmp_path / "outputs" / "miniature" / "work"
-    for path in ("models/vanilla", "models/indicator.training-0123", "scores/abc", "answers", "receipts"):
-        (work / path).mkdir(parents=True)
-    (work / "answers" / "a.jsonl").write_text("{}\n{}\n{}\n")
-    (work / "scores" / "abc" / "part-00000.parquet").write_bytes(b"")
-    (work / "receipts" / "00_the_miniature.json").write_text("{}")
-    manifest = json.loads((ROOT / "outputs" / "miniature" / "manifest.json").read_text())
-    (work.parent / "manifest.json").write_text(json.dumps(manifest))
+def test_models_that_are_there_take_no_more_room(tmp_path):
+    (tmp_path / "outputs" / "miniature" / "work" / "models" / "vanilla").mkdir(parents=True)
     plan = plan_of(MINIATURE, outputs=str(tmp_path / "outputs"))
-    printed = text(plan)
-    assert "3 of" in next(line for line in printed.split("What is there")[1].splitlines() if "answers" in line)
-    assert "1 parts" in printed and "indicator.training-0123" in printed and "00_the_miniature" in printed
-    assert "vanilla" in printed.split("fine-tuned models")[1].splitlines()[0]
     assert "work/models/vanilla" not in plan.results() and "work/models/indicator" in plan.results()
-    entry = manifest["notebooks"]["04_evaluation"]
-    assert f"04_evaluation: {entry['wall_seconds']:.0f} s, {entry['peak_memory_mib']:,} MiB" in printed
+
+
+def test_rows_are_read_as_often_as_in_the_rehearsal(tmp_path):
+    """Two models answered all needles, one of them half of the facts, too; all was scored, and a third again."""
+    content = load_params(ROOT / "params" / "smoke.yaml").model_dump(mode="json")
+    small = content | {"experiment": "rehearsal-mine", "outputs": str(tmp_path)}
+    folder = tmp_path / "rehearsal-mine"
+    (folder / "work" / "answers").mkdir(parents=True)
+    (folder / "params.yaml").write_text(json.dumps(small))
+    plan = plan_of(MINIATURE, experiment="mine", outputs=str(tmp_path))
+    assert plan.times == {} and "run `ctxlib rehearse" in text(plan)  # nothing has been answered yet
+    params = load_params(folder / "params.yaml")
+    needles = experiment.needles(params, experiment.tokenizer(params))
+    facts = experiment.fact_questions(params)
+    for name, asked in (("a", needles), ("b", [*needles, *facts[::2]])):
+        lines = [json.dumps({"id": question.id}) + "\n" for question in asked]
+        (folder / "work" / "answers" / f"{name}.jsonl").write_text("".join([*lines, lines[0]]))  # one of them again
+    ids = [conversation.id for conversation in experiment.conversations(params).conversations]
+    for name, scored in (("a", ids), ("b", ids[: len(ids) // 4])):
+        (folder / "work" / "scores" / name).mkdir(parents=True)
+        pd.DataFrame({"conversation": scored * 2}).to_parquet(folder / "work" / "scores" / name / "part-00000.parquet")
+    again = plan_of(MINIATURE, experiment="mine", outputs=str(tmp_path))
+    assert again.times == {"conversations": 1.25, "needle": 2, "facts": 0.5, "qa": 0, "instructions": 0}
+    for before, after in zip(plan.steps, again.steps, strict=True):
+        times = {"scoring": 1.25, "training": 1, "needle": 2, "facts": 0.5}
+        assert after.rows == before.rows * times.get(before.what, times.get(before.subject, 0))
+    assert "needle 2×" in text(again)
 
 
 def test_the_miniature_fits_everywhere_and_needs_no_download():
     plan = plan_of(MINIATURE)
-    assert plan.downloads() == {} and plan.problems == [] and fits(plan) == []
+    assert plan.downloads() == {} and plan.problems == []
+    assert not any(plan_of(MINIATURE, gpu).remedies() for gpu in GPUS)
     assert text(plan).endswith("Everything fits.")
     assert max(footprint.total for footprint in plan.footprints) < 10 * GIB
     needles = len(experiment.needles(plan.params, experiment.tokenizer(plan.params)))
-    assert plan.questions["needle"].n == needles
+    assert plan.texts["needle"].n == needles
 
 
 def test_an_8b_model_trains_under_qlora_at_4096_in_24_gb_with_checkpointing_and_that_is_offered():
     path = ROOT / "params" / "llama-3-8b-sharegpt.yaml"
     one = {"finetune.batch_size": 1, "finetune.gradient_accumulation": 64}
-    (rtx,) = {gpu.usable for gpu in GPUS if gpu.memory == 24}
+    rtx = GPUS["rtx3090"].usable
 
     def training(**overrides):
-        return next(f for f in plan_of(path, **one, **overrides).footprints if f.kind == "train").total
+        return next(f for f in plan_of(path, **one, **overrides).footprints if f.what == "training").total
 
     assert 14 * GIB < training() < rtx
     assert training(**{"finetune.gradient_checkpointing": True}) == training()
     without = {"finetune.gradient_checkpointing": False}
     assert training(**without) > 2 * rtx
-    plan = plan_of(path, **one, **without)
-    changes = [change for memory, footprint, change, _ in fits(plan) if (memory, footprint.kind) == (24, "train")]
+    plan = plan_of(path, "rtx3090", **one, **without)
+    changes = [change for footprint, change, _ in plan.remedies() if footprint.what == "training"]
     assert changes == [{"finetune.gradient_checkpointing": True}]
     assert "--set finetune.gradient_checkpointing=true" in text(plan)
 
@@ -461,8 +483,8 @@ def test_what_is_not_recomputed_takes_less_time():
         by_checkpointing = []
         for checkpointing in (True, False):
             plan = plan_of(path, **{"finetune.method": method, "finetune.gradient_checkpointing": checkpointing})
-            step = next(step for step in plan.steps if step.kind == "train")
-            by_checkpointing.append(hours(plan, step)["A100 80 GB"])
+            step = next(step for step in plan.steps if step.what == "training")
+            by_checkpointing.append(plan.hours(step))
         ratios[method] = by_checkpointing[1] / by_checkpointing[0]
     assert ratios == {"full": pytest.approx(3 / 4), "lora": pytest.approx(2 / 3)}
 
@@ -485,11 +507,11 @@ def test_what_is_not_recomputed_takes_less_time():
 def test_sources_that_are_not_here_count_as_their_official_development_sets(source, variant, n):
     changes = {"qa.sources": [source], "qa.variant": variant, "qa.n": 20_000}
     plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes)
-    assert plan.questions["qa"].n == n
-    (line,) = [line for line in text(plan).splitlines() if line.strip().startswith("qa ")]
-    assert f"{n:,}" in line and ("assumed" in line or "taken to be" in line)
+    assert plan.texts[source].n == n
+    line = next(line for line in text(plan).splitlines() if line.startswith(f"  {source} "))
+    assert f"{n:,}" in line and "assumed" in line
     capped = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **changes | {"qa.n": 700})
-    assert capped.questions["qa"].n == 700
+    assert capped.texts[source].n == 700
 
 
 def squad_file(path, ids):
@@ -502,8 +524,8 @@ def squad_file(path, ids):
 def test_sources_that_are_here_are_counted_beside_those_that_are_not_and_must_not_share_a_question(tmp_path):
     here = squad_file(tmp_path / "mine.json", "abc")
     plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", **{"qa.sources": [here, "allenai/quac"]})
-    parts = plan.questions["qa"].parts
-    assert (parts[here].n, parts["allenai/quac"].n, plan.questions["qa"].n) == (3, 7_354, 7_357)
+    parts = plan.texts
+    assert (parts[here].n, parts["allenai/quac"].n) == (3, 7_354)
     assert parts[here].known == "counted" and parts["allenai/quac"].known == "assumed"
     assert "allenai/quac" in plan.downloads() and here not in plan.downloads()
     other = squad_file(tmp_path / "other.json", "cd")
@@ -515,10 +537,11 @@ def test_sources_that_are_here_are_counted_beside_those_that_are_not_and_must_no
 def test_real_questions_are_counted_and_assumed_lengths_are_near_theirs():
     here = {"squad": "squad/xquad.en.json", "drop": "drop/drop_contrast_sets_test.json"}
     path = ROOT / "params" / "llama-2-7b-sharegpt.yaml"
-    counted = plan_of(path, **{"qa.sources": [str(SHARED / file) for file in here.values()]}).questions["qa"]
-    assert [texts.n for texts in counted.parts.values()] == [1_190, 947]
-    for name, texts in zip(here, counted.parts.values(), strict=True):
-        assumed = plan_of(path, **{"qa.sources": [f"owner/{name}"]}).questions["qa"]
+    counted = plan_of(path, **{"qa.sources": [str(SHARED / file) for file in here.values()]}).texts
+    counted = [texts for texts in counted.values() if texts.family == "qa"]
+    assert [texts.n for texts in counted] == [1_190, 947]
+    for name, texts in zip(here, counted, strict=True):
+        assumed = plan_of(path, **{"qa.sources": [f"owner/{name}"]}).texts[f"owner/{name}"]
         assert 0.7 < assumed.length / texts.length < 1.3 and assumed.longest > texts.longest
 
 
@@ -560,8 +583,7 @@ def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, variant, 
 
 def test_the_town_s_needles_have_one_reading():
     clean, paper = (
-        plan_of(MINIATURE, **{"needle.variant": variant}).questions["needle"]
-        for variant in ("standard", "authors_code")
+        plan_of(MINIATURE, **{"needle.variant": variant}).texts["needle"] for variant in ("standard", "authors_code")
     )
     assert clean == paper
 
@@ -578,44 +600,7 @@ def test_a_haystack_and_a_tokenizer_that_are_here_are_counted(tmp_path, model_fo
     changes = {f"models.{which}": str(model_folder) for which in ("pretrained", "instruct", "seed_model")}
     changes |= {"models.chat_template": None, "needle.haystack": str(tmp_path / "hay"), "needle.lengths": [100, 200]}
     path = ROOT / "params" / "llama-2-7b-sharegpt.yaml"
-    needle = plan_of(path, **changes).questions["needle"]
+    needle = plan_of(path, **changes).texts["needle"]
     assert (needle.n, needle.known) == (2 * 20, "counted")
     with pytest.raises(InputError, match="its texts hold"):
         plan_of(path, **changes | {"needle.lengths": [100_000]})
-
-
-def test_verifiable_instructions_are_asked_in_01_and_04():
-    path = ROOT / "params" / "llama-2-7b-sharegpt.yaml"
-    rows = [
-        {(s.notebook, s.what, s.model): s.rows for s in plan_of(path, **{"instructions.n": n}).steps}
-        for n in (100, 150)
-    ]
-    more = {step: rows[1][step] - rows[0][step] for step in rows[0] if rows[1][step] > rows[0][step]}
-    assert more == {
-        ("01", "answers, steered", "instruct"): 2 * 50,
-        ("04", "answers", "vanilla"): 2 * 50,
-        ("04", "answers", "indicator"): 4 * 50,
-        ("04", "answers", "pretrained"): 50,
-    }
-
-
-@pytest.mark.parametrize(("name", "option"), [("tinyllama", " --max-new-tokens 776"), ("llama-2-7b", "")])
-def test_mt_bench_is_a_line_of_its_own_and_both_turns_fit_the_window(name, option):
-    plan = plan_of(ROOT / "params" / f"{name}-wizardlm.yaml")
-    assert [(step.model, step.rows) for step in plan.afterwards] == [("vanilla", 160), ("indicator", 160)]
-    assert f"`ctxlib mt-bench{option}`" in text(plan)
-    assert not any(step.what == "MT-Bench" for step in plan.steps)
-    (new_tokens,) = {step.new_tokens for step in plan.afterwards}
-    window = plan.models["pretrained"].network.positions
-    assert MT_BENCH.longest + 2 * new_tokens <= window and (new_tokens == 1024) == (option == "")
-    assert plan_of(MINIATURE).afterwards == []
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the real questions in ../shared/data")
-def test_mt_bench_has_the_turns_that_are_planned():
-    llama = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / "tokenizers" / "llama-2" / "tokenizer.model"))
-    lines = (SHARED / "mt_bench" / "question.jsonl").read_text().splitlines()
-    turns = pd.DataFrame([[len(llama.encode(turn)) for turn in json.loads(line)["turns"]] for line in lines])
-    assert len(turns) == MT_BENCH.n
-    assert turns.mean().round().tolist() == [MT_BENCH.first, MT_BENCH.second]
-    assert turns.sum(axis=1).max() == MT_BENCH.longest

@@ -22,7 +22,7 @@ import yaml
 from transformers import AutoConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from ctxlib import experiment, finetune, models
-from ctxlib.commands.plan.network import KNOWN, as_config
+from ctxlib.commands.network import KNOWN, as_config
 from ctxlib.commands.rehearse import prepare, shrunk
 from ctxlib.params import MODEL_ROLES, InputError, load_params
 

@@ -204,7 +204,7 @@ def checked(what: str, chosen: Sequence[int] | None, n: int) -> list[int]:
 
 def heads_table(model: nn.Module, chosen: Collection[Head] | None) -> Bool[Tensor, "layer head"]:
     """True for the chosen heads; for all of them where none were chosen."""
-    config = model.config
+    config = model.config.get_text_config()
     table = torch.full((config.num_hidden_layers, config.num_attention_heads), chosen is None)
     for layer, head in chosen or ():
         checked("layer", [layer], len(table))

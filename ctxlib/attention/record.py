@@ -106,7 +106,7 @@ class Recording:
     def __init__(self, model, roles, rows, layers, turns, stop_after, names=ROLES):
         if turns is not None and turns.shape != roles.shape:
             raise InputError(f"turns are {tuple(turns.shape)}, roles {tuple(roles.shape)}; give one turn a token")
-        depth = model.config.num_hidden_layers
+        depth = model.config.get_text_config().num_hidden_layers
         if stop_after is not None:
             depth = checked("stop_after", [stop_after], depth)[0] + 1
         self.layers = checked("layer", layers, depth)

@@ -105,14 +105,19 @@ def rehearse(
 
 
 @app.command
-def plan(params: ParamsFile = DEFAULT_PARAMS, *, overrides: Overrides = None) -> None:
-    """Print an experiment's steps, downloads, GPU memory and time, and which of them would fail or not fit.
+def plan(
+    params: ParamsFile = DEFAULT_PARAMS,
+    *,
+    overrides: Overrides = None,
+    gpu: Annotated[str, option("rtx3090, rtx4090, a100-40, a6000, a100-80 or h100.")] = "a6000",
+) -> None:
+    """Print what an experiment needs: downloads, GPU memory, time, and problems, each with the setting that fixes it.
 
-    Nothing is downloaded and no weight is loaded.
+    Nothing is run or downloaded.
     """
-    from ctxlib.commands.plan import make_plan, show
+    from ctxlib.commands.plan import make_plan, print_plan
 
-    for line in show(make_plan(load_params(params, parse_overrides(overrides)))):
+    for line in print_plan(make_plan(load_params(params, parse_overrides(overrides)), gpu)):
         print(line)
 
 
@@ -132,15 +137,19 @@ def doctor(
     """
     from rich.console import Console
 
-    from ctxlib.commands.doctor import examine, open_patient, show
+    from ctxlib.commands.doctor import examine, open_patient, print_examination
 
     patient, tokenizer, corpus = open_patient(model, **values(loading))
-    frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus)
+    frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus, progress=_announce)
     if as_json:
         print(frame.to_json(orient="records", indent=2, force_ascii=False))
     else:
-        show(frame, tokenizer, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+        print_examination(frame, tokenizer, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     raise SystemExit(int((frame["verdict"] == "fail").any()))
+
+
+def _announce(check: str) -> None:
+    print(f"checking {check} …", file=sys.stderr, flush=True)
 
 
 @app.command

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib import experiment, indicator, scoring
-from ctxlib.commands.plan.sources import find_model
+from ctxlib.commands.sources import find_model
 from ctxlib.params import MODEL_ROLES, InputError, Params, load_params
 from ctxlib.results import write
 

@@ -12,7 +12,7 @@ from ctxlib.files import disk_space
 from ctxlib.models import is_adapter, load_model, load_tokenizer
 from ctxlib.params import InputError
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a Llama
 
 
 def add_lora(
@@ -24,7 +24,7 @@ def add_lora(
     indicator_id: int | None = None,
     base_revision: str | None = None,
 ) -> PeftModel:
-    """LoRA on all linear layers (paper Table 4), which changes no logit until it is trained.
+    """LoRA on all linear layers of the decoder (paper Table 4), which changes no logit until it is trained.
 
     The adapter carries the indicator's rows too, input and output, so that it loads onto the bare base model.
     Raises InputError if the model has none of these layers.
@@ -41,17 +41,25 @@ def add_lora(
         r=lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=LORA_TARGETS,
+        target_modules=_linear_layers(model),
         trainable_token_indices=rows,
         revision=base_revision,
     )
     try:
         model = get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"{model.name_or_path}: LoRA does not fit this model: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        remedy = "set finetune.lora_dropout to 0" if "dropout" in str(error) else "set finetune.method to full"
+        raise InputError(f"{model.name_or_path}: LoRA does not fit this model: {error}; {remedy}") from error
     # The rows above are all that is new in the embeddings: without this peft would store both of them whole.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     return model
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers in the decoder's blocks: of a Llama `LORA_TARGETS`, fused ones elsewhere (Phi-3)."""
+    linear = [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
+    found = dict.fromkeys(name.rpartition(".")[2] for name in linear if "." in name)
+    return sorted(found, key=lambda name: LORA_TARGETS.index(name) if name in LORA_TARGETS else -1)
 
 
 def frozen_rows(model: PeftModel, inputs_too: bool) -> list[torch.nn.Parameter]:

@@ -140,10 +140,12 @@ def finetune(
     )
     if indicator_id is not None:
         set_indicator_row(model, indicator_id, n_tokens)
-    if (largest := max(int(example.input_ids.max()) for example in examples)) >= model.config.vocab_size:
+    if (
+        largest := max(int(example.input_ids.max()) for example in examples)
+    ) >= model.config.get_text_config().vocab_size:
         raise InputError(
             f"{model_path}: token {largest} of the tokenizer {tokenizer.name_or_path} lies beyond the model's "
-            f"vocabulary of {model.config.vocab_size}; take the model's own tokenizer"
+            f"vocabulary of {model.config.get_text_config().vocab_size}; take the model's own tokenizer"
         )
     shortest = sorted(examples, key=lambda example: len(example.input_ids))[:2]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05

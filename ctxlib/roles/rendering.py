@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ctxlib.conversations import Message
 from ctxlib.params import InputError
+from ctxlib.roles.limits import TemplateLimit, bounded, time_limit
 
 _BASE = 0x20000  # code points from here on stand for characters of the contents while a template is rendered
 _CAPACITY = 0x110000 - _BASE
@@ -79,19 +80,16 @@ def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_pr
         raise InputError(f"{name} writes chats by code of its own, which cannot be followed; load it with a template")
     if len(contents.codes) > _CAPACITY:
         raise InputError(f"{len(contents.codes):,} characters in one conversation; at most {_CAPACITY:,}: split it")
-    followed = _compiled(chat_template)
+    plain, followed = _plainly_compiled(chat_template), _compiled(chat_template)
     given = _variables(tokenizer.special_tokens_map, generation_prompt)
     token = _contents.set(contents.codes)
     try:
-        text = _compile_jinja_template(chat_template).render(messages=_as_dicts(contents.messages), **given)
-        codes = _codes(followed.render(messages=contents.traced(), **given))
-        as_written = _text(_decoded(codes))
+        with time_limit():
+            text = plain.render(messages=_as_dicts(contents.messages), **given)
+            codes = _codes(followed.render(messages=contents.traced(), **given))
+            as_written = _text(_decoded(codes))
     except Exception as error:  # a template is foreign code: it can raise anything
-        roles = ", ".join(message.role for message in contents.messages)
-        raise InputError(
-            f"the chat template of {name} cannot express messages of {roles}: "
-            f"{type(error).__name__}: {str(error) or 'no reason given'}; change the messages or the template"
-        ) from error
+        raise InputError(_why_not(name, contents.messages, chat_template, error)) from error
     finally:
         _contents.reset(token)
     if as_written != text:
@@ -100,6 +98,18 @@ def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_pr
             "are lost; use a template that writes contents as they are"
         )
     return Rendering(text, np.where(codes >= _BASE, codes - _BASE, -1))
+
+
+def _why_not(name: str, messages: Sequence[Message], chat_template: str, error: Exception) -> str:
+    if isinstance(error, TemplateLimit):
+        return f"the chat template of {name} is refused: {error}; use another template"
+    roles = ", ".join(message.role for message in messages)
+    said = " ".join(str(error).split()) or "no reason given"
+    needs = [word for word in ("tools", "documents") if re.search(rf"\b{word}\b", chat_template)]
+    remedy = "change the messages or the template"
+    if needs and isinstance(error, (TypeError, jinja2.UndefinedError)):
+        remedy = f"it asks for {' and '.join(needs)}, of which chats here have none: use a template that does without"
+    return f"the chat template of {name} cannot express messages of {roles}: {type(error).__name__}: {said}; {remedy}"
 
 
 def spelled_by_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -113,7 +123,11 @@ def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return tokenizer.get_chat_template() if tokenizer.chat_template else ""
     except ValueError as error:
-        raise InputError(f"{tokenizer_name(tokenizer)}: none of its chat templates is the default; name one") from error
+        names = ", ".join(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else "several"
+        raise InputError(
+            f"{tokenizer_name(tokenizer)}: none of its chat templates ({names}) is the default; save the one to use as "
+            "a .jinja file and name it as models.chat_template (--chat-template)"
+        ) from error
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -128,8 +142,8 @@ def _spelled(chat_template: str, special_tokens: tuple[tuple[str, str], ...]) ->
         messages = _as_dicts([Message(role, "\0") for role in roles])
         for generation_prompt in (False, True):
             given = _variables(dict(special_tokens), generation_prompt)
-            with contextlib.suppress(Exception):  # what a template refuses it does not write
-                spelled.append(_compile_jinja_template(chat_template).render(messages=messages, **given))
+            with contextlib.suppress(Exception), time_limit():  # what a template refuses it does not write
+                spelled.append(_plainly_compiled(chat_template).render(messages=messages, **given))
     return "\0".join(spelled)
 
 
@@ -294,14 +308,27 @@ class _CodeGenerator(CodeGenerator):
         self.write(")))")
 
 
+def _environment() -> jinja2.Environment:
+    """transformers' own, with limits."""
+    return bounded(_compile_jinja_template("").environment)
+
+
+@functools.lru_cache(maxsize=32)
+def _plainly_compiled(chat_template: str) -> jinja2.Template:
+    try:
+        with time_limit():
+            environment = _environment()
+            environment.code_generator_class = _CodeGenerator
+            return environment.from_string(chat_template)
+    except Exception as error:  # constants are folded when it is compiled
+        raise InputError(f"the chat template is faulty: {' '.join(str(error).split())}; repair it") from error
+
+
 @functools.lru_cache(maxsize=32)
 def _compiled(chat_template: str) -> jinja2.Template:
-    """The template in transformers' own environment, lifting what operators, filters and calls yield."""
-    try:
-        environment = _compile_jinja_template(chat_template).environment.overlay()
-        literals = environment.parse(chat_template).find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const))
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template is faulty: {error}") from error
+    """The template in the same environment, lifting what operators, filters and calls yield."""
+    environment = _environment()
+    literals = environment.parse(chat_template).find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const))
     if any(_PRIVATE.search(str(value)) for literal in literals for _, value in literal.iter_fields()):
         raise InputError("the chat template holds characters from U+20000 on, which are needed to follow the contents")
 
@@ -309,9 +336,8 @@ def _compiled(chat_template: str) -> jinja2.Template:
         return functools.wraps(function)(lambda *args, **kwargs: _lift(function(*args, **kwargs)))
 
     environment.code_generator_class = _CodeGenerator
-    environment.concat = lifting("".join)
+    environment.concat = lifting(environment.concat)
     environment.call = lifting(environment.call)
-    environment.intercepted_binops = frozenset({"%", "*"})
     environment.call_binop = lifting(environment.call_binop)
     environment.filters = {name: lifting(function) for name, function in environment.filters.items()}
     return environment.from_string(chat_template)

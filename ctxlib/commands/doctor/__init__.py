@@ -1,11 +1,12 @@
-"""What to know about a model before GPU hours go into it: can it be measured, and does it look where we look?
+"""Checks a model before GPU hours are spent on it: can its attention be measured, and is the chosen layer typical?
 
-Each check is a line: a verdict (`ok`, `note` or `fail`), a finding in numbers, a remedy in words. What is measured is
-compared with something that is computed in another way: the model's own eager attention, a closed form, transformers'
-own rendering. The thresholds of the verdicts are ours; the paper has none.
+One line per check: a verdict (`ok`, `note` or `fail`), a finding in numbers, a remedy in words. Every measurement is
+compared with an independent computation: the model's own eager attention, a closed form, or transformers' own
+rendering. The thresholds of the verdicts are ours; the paper has none.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from ctxlib.commands.doctor.attention import attending_layers, check_padding, check_recording, check_steering
 from ctxlib.commands.doctor.check import VERDICTS, Check
-from ctxlib.commands.doctor.display import show
+from ctxlib.commands.doctor.display import print_examination
 from ctxlib.commands.doctor.layer import check_layer, listed
 from ctxlib.commands.doctor.model import check_indicator, check_model, check_tokenizer
 from ctxlib.commands.doctor.talk import renders
@@ -25,7 +26,7 @@ from ctxlib.models import load_model, load_tokenizer
 from ctxlib.paper import paper_layer
 from ctxlib.params import InputError
 
-__all__ = ["CONVERSATIONS", "Check", "examine", "open_patient", "show"]
+__all__ = ["CONVERSATIONS", "Check", "examine", "open_patient", "print_examination"]
 
 # 12 passages, each with a question about it and one that is not
 CONVERSATIONS = Path(__file__).with_name("conversations.json")
@@ -39,7 +40,7 @@ def open_patient(
     chat_template: str | Path | None = None,
     revision: str | None = None,
 ) -> tuple[Any, Any, Corpus]:
-    """Model, tokenizer and conversations to examine them with: plain English, or the town's for `miniature:<name>`.
+    """Model, tokenizer and the conversations for the checks: plain English, or the town's for `miniature:<name>`.
 
     A model whose class does not take sdpa attention is loaded with eager. Raises InputError as `load_model` does.
     """
@@ -64,14 +65,16 @@ def examine(
     layer: int | None = None,
     indicator: str = "[IND]",
     corpus: Corpus | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
-    """All checks of a causal language model as a tidy frame: check, verdict, finding, remedy; what fails stands first.
+    """All checks of a causal language model as a tidy frame: check, verdict, finding, remedy; failures first.
 
-    layer: whose attention is to give the scores (from 0); by default the one at the paper's depth, or nearest to it of
-    those with attention. Of a hybrid model only the layers with attention are examined; a note names the others.
-    corpus: conversations of which it is known whether an answer depends on its context, by default 24 built-in ones.
+    layer: whose attention is scored (0-based); by default the one at the paper's relative depth, or the nearest with
+    attention. In a hybrid model only the layers with attention are examined; a note names the others.
+    corpus: conversations with known context dependence of each answer, by default 24 built-in ones.
+    progress: called with the name of each check as it starts.
 
-    What goes wrong inside the model or its template is a finding. Raises InputError for a layer that does not exist.
+    Errors inside the model or its template are findings. Raises InputError for a layer that does not exist.
     """
     depth = model.config.get_text_config().num_hidden_layers
     layers = _attending_layers(model, tokenizer, depth)
@@ -79,13 +82,14 @@ def examine(
     if not 0 <= layer < depth:
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
     corpus = load_conversations(CONVERSATIONS) if corpus is None else corpus
-    rows = _examined("model", check_model, model)
-    rows += _examined("tokenizer", check_tokenizer, model, tokenizer, corpus)
-    recording = _examined("recording", check_recording, model, tokenizer, layers)
+    run = partial(_run_check, progress or (lambda name: None))
+    rows = run("model", check_model, model)
+    rows += run("tokenizer", check_tokenizer, model, tokenizer, corpus)
+    recording = run("recording", check_recording, model, tokenizer, layers)
     rows += recording
     if without := [other for other in range(depth) if other not in layers]:
         finding = f"no attention that can be recorded in {listed(without)}, but in {listed(layers)}"
-        rows.append(Check("layers", "note", finding, "choose among the latter for scoring.layer and allocation.layer"))
+        rows.append(Check("layers", "note", finding, "choose scoring.layer and allocation.layer among the latter"))
     for name, examination, *inputs in (
         ("steering", check_steering, model, tokenizer, layers),
         ("padding", check_padding, model, tokenizer, layers),
@@ -94,26 +98,29 @@ def examine(
         if recording[0].verdict == "fail":
             rows.append(Check(name, "note", "not examined, as the recording fails"))
         else:
-            rows += _examined(name, examination, *inputs)
+            rows += run(name, examination, *inputs)
     if renders(tokenizer):
         for part, examination in TEMPLATE_CHECKS.items():
-            rows += _examined(f"template: {part}", examination, tokenizer)
+            rows += run(f"template: {part}", examination, tokenizer)
     else:
-        rows += _examined("template", check_no_template, tokenizer)
-    rows += _examined("indicator", check_indicator, model, tokenizer, indicator)
+        rows += run("template", check_no_template, tokenizer)
+    rows += run("indicator", check_indicator, model, tokenizer, indicator)
     frame = pd.DataFrame(rows, columns=list(Check._fields))
     return frame.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable", ignore_index=True)
 
 
 def _attending_layers(model: Any, tokenizer: Any, depth: int) -> list[int]:
-    """All layers where none is found: the check of the recording then says why."""
+    """All layers if none is found: the check of the recording then gives the reason."""
     try:
         return attending_layers(model, tokenizer) or list(range(depth))
     except Exception:  # models are foreign code: they can raise anything
         return list(range(depth))
 
 
-def _examined(name: str, examination: Callable[..., list[Check]], *inputs: Any) -> list[Check]:
+def _run_check(
+    progress: Callable[[str], None], name: str, examination: Callable[..., list[Check]], *inputs: Any
+) -> list[Check]:
+    progress(name)
     try:
         return examination(*inputs)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Is the model's attention recorded and steered as its eager attention and a closed form say?"""
+"""Checks of recording and steering, against the model's eager attention and a closed form."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -50,7 +50,7 @@ def check_recording(model: Any, tokenizer: Any, layers: Sequence[int]) -> list[C
         f"own ({tolerance:.0e}); padded left and right; {_logits_said(changed)}"
     )
     if not (same <= EXACT and changed <= tolerance) or not (apart <= tolerance or half):
-        return [Check("recording", "fail", finding, "do not trust it: report this model, and use another one")]
+        return [Check("recording", "fail", finding, "do not trust it: report this model and use another one")]
     if not apart <= tolerance:
         remedy = "its layers multiply rounding: compare only what was recorded in the same dtype and backend"
         return [Check("recording", "note", finding, remedy)]

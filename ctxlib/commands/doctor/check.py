@@ -1,4 +1,4 @@
-"""One line of an examination."""
+"""The result of one check."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ VERDICTS = ("fail", "note", "ok")
 
 
 class Check(NamedTuple):
-    """One line of the examination."""
+    """One line of an examination."""
 
     check: str
     verdict: str

@@ -1,4 +1,4 @@
-"""An examination as a reader sees it in a terminal."""
+"""An examination as printed in a terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from ctxlib.figures import ROLE_COLOURS
 from ctxlib.roles import ROLES, RoleMap, role_map
 
 
-def show(frame: pd.DataFrame, tokenizer: Any, console: Console) -> None:
+def print_examination(frame: pd.DataFrame, tokenizer: Any, console: Console) -> None:
     """The checks, one line each with its remedy below, and a conversation in the colours of its roles.
 
-    Nothing that comes from a model, a template or a text is read as markup.
+    Text from a model, a template or a conversation is never read as markup.
     """
     colours = {"fail": "bold red", "note": "yellow", "ok": "green"}
     table = Table.grid(padding=(0, 2))
@@ -34,7 +34,7 @@ def show(frame: pd.DataFrame, tokenizer: Any, console: Console) -> None:
 
 
 def role_strip(tokenizer: Any, talk: Sequence[Message], role_of: RoleMap, coloured: bool) -> Text:
-    """The tokens of a conversation, each run of a role in its colour, or in brackets behind its name."""
+    """The tokens of a conversation, each run of one role in its colour, or in brackets after the role's name."""
     contents, strip = "".join(message.content for message in talk), Text("\n")
     styles = {role: f"{'white' if role in ('bos', 'user') else 'black'} on {ROLE_COLOURS[role]}" for role in ROLES}
     if coloured:
@@ -52,5 +52,5 @@ def role_strip(tokenizer: Any, talk: Sequence[Message], role_of: RoleMap, colour
 
 
 def _printable(text: str) -> str:
-    """A line break as a sign, and nothing that steers a terminal."""
+    """Line breaks as a visible sign, control characters escaped."""
     return "".join(c if c.isprintable() or c == "\u200d" else "↵" if c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Does the chosen layer rank answers as others do, do its heads agree, does it find the answers that need context?"""
+"""Checks of the chosen layer: does it agree with other layers, do its heads agree, does it find dependent answers?"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ def check_layer(
 
 
 class Answer(NamedTuple):
-    """What the tokens of an answer pay to the user's: by layer and head, and if all tokens before were paid alike."""
+    """Attention of an answer's tokens to the user's: by layer and head, and if it were equal for all tokens before."""
 
     to_user: Float[Tensor, "layer head answer_pos"]
     uniform: Float[Tensor, " answer_pos"]
@@ -137,7 +137,7 @@ def _heads(attention: Sequence[Float[Tensor, "head _"]], layer: int) -> Check:
 def _separation(
     scores: Float[np.ndarray, "turn layer"], answers: Sequence[Answer], layer: int, layers: Sequence[int] | None = None
 ) -> Check:
-    """Lengths alone separate a little, too: so equal attention to all tokens stands beside the layer's.
+    """Lengths alone separate a little, too: equal attention to all tokens is reported for comparison.
 
     layers: the numbers of the columns, by default from 0 on.
     """
@@ -165,7 +165,7 @@ def _separation(
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.float64:
-    """Spearman's rank correlation along an axis, the others broadcast, in [-1, 1]; 0 where all of one side is equal."""
+    """Spearman's rank correlation along an axis, the others broadcast, in [-1, 1]; 0 if all of one side is equal."""
     a, b = (rankdata(side, axis=axis) for side in np.broadcast_arrays(a, b))
     a, b = (side - side.mean(axis=axis, keepdims=True) for side in (a, b))
     spread = np.sqrt((a * a).sum(axis=axis) * (b * b).sum(axis=axis))

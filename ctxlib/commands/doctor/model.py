@@ -1,4 +1,4 @@
-"""What a model and its tokenizer are: shape, vocabulary, and room for the indicator."""
+"""Checks of the model's shape, its tokenizer, and room for the indicator."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ctxlib.commands.doctor.check import Check
 from ctxlib.conversations import Corpus
 from ctxlib.params import InputError
 
-UNKNOWN = 0.01  # share of unknown tokens from which on a text is not the tokenizer's
+UNKNOWN = 0.01  # fraction of unknown tokens above which the text is not in the tokenizer's language
 
 
 def check_model(model: Any) -> list[Check]:

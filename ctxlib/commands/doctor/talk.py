@@ -1,4 +1,4 @@
-"""The conversation that templates are examined with, as a template renders it."""
+"""The conversation used to examine chat templates, and its rendering."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ TALK = (
 
 
 def renders(tokenizer: Any) -> bool:
-    """Is there a template that says where its characters come from? If not, contents are joined as raw text."""
+    """Whether there is a template whose characters can be traced; if not, contents are joined as raw text."""
     try:
         return bool(tokenizer.chat_template) and bool(expressible(tokenizer))
     except InputError:
@@ -25,7 +25,7 @@ def renders(tokenizer: Any) -> bool:
 
 
 def expressible(tokenizer: Any) -> tuple[Message, ...]:
-    """The conversation, without its system text where the template refuses one."""
+    """The conversation, without its system text if the template refuses one."""
     try:
         role_map(tokenizer, TALK)
         return TALK
@@ -35,20 +35,20 @@ def expressible(tokenizer: Any) -> tuple[Message, ...]:
 
 
 def with_odd_text(talk: Sequence[Message]) -> list[Message]:
-    """The same conversation whose first question has spaces at its ends, an empty line and an emoji of two letters."""
+    """The same conversation; its first question has spaces at both ends, an empty line and a two-character emoji."""
     odd = {TALK[1].content: "  Where is the kestrel?\n\nI saw 👍🏽 it  "}
     return [Message(message.role, odd.get(message.content, message.content)) for message in talk]
 
 
 def forged_marker(tokenizer: Any, talk: Sequence[Message]) -> tuple[str, list[Message]]:
-    """What the template writes before an answer, and the conversation in which a user writes it."""
+    """The template's text before an answer, and the conversation in which a user writes the same text."""
     marker = gaps(tokenizer, TALK[1:])[1]
     forged = [Message(m.role, m.content.replace("\n\n", f"\n\n{marker}")) for m in talk]
     return marker, forged
 
 
 def gaps(tokenizer: Any, talk: Sequence[Message]) -> list[str]:
-    """What the template writes before each content and after the last; nothing where it leaves a content out."""
+    """The template's text before each content and after the last; empty if it leaves a content out."""
     rest, written = rendered(tokenizer, talk), []
     for message in talk:
         before, found, after = rest.partition(message.content)

@@ -1,4 +1,4 @@
-"""What a chat template does with a conversation: who wrote which token, what is left out, where an answer ends."""
+"""Checks of a chat template: roles of its tokens, contents that it drops, where an answer ends."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def check_no_template(tokenizer: Any) -> list[Check]:
 
 
 def _roles(tokenizer: Any) -> list[Check]:
-    """A partition, transformers' own ids, and a user who writes the marker of an answer and stays the user."""
+    """Roles partition the tokens, ids equal those of transformers, and a forged answer marker stays the user's."""
     talk = with_odd_text(expressible(tokenizer))
     odd = role_map(tokenizer, talk)
     same = _ids(tokenizer, talk) == tokenizer.apply_chat_template(dicts(talk), return_dict=True)["input_ids"]
@@ -44,7 +44,7 @@ def _system_text(tokenizer: Any) -> list[Check]:
     opening = opening.removeprefix(tokenizer.bos_token or "")
     user_marker = os.path.commonprefix([opening[::-1], later_opening[::-1]])[::-1]  # noqa: RUF071 (it is meant)
     default = opening.removesuffix(user_marker)
-    added = f"; where there is none it writes {_quoted(default)}" if default.strip() else ""
+    added = f"; without one it writes {_quoted(default)}" if default.strip() else ""
     remedy = "write system texts into the first user message, or drop them"
     if len(expressible(tokenizer)) < len(TALK):
         return [Check("template: system text", "note", f"is refused{added}", remedy)]
@@ -56,7 +56,7 @@ def _system_text(tokenizer: Any) -> list[Check]:
 
 
 def _contents(tokenizer: Any) -> list[Check]:
-    """What becomes of spaces at the edges, of earlier turns, and of the reasoning in earlier answers."""
+    """Whether spaces at the edges, earlier turns, and the reasoning in earlier answers are kept."""
     talk = expressible(tokenizer)
     spaced = rendered(tokenizer, [Message(message.role, f"  {message.content}  ") for message in talk])
     thinking = [Message("user", "?"), Message("assistant", "<think>\nIt flew.\n</think>\n\nOff.")]
@@ -106,7 +106,7 @@ def _borders(tokenizer: Any) -> list[Check]:
 
 
 def _generation_prompt(tokenizer: Any) -> list[Check]:
-    """Is a prompt with its answer what follows the prompt alone, token by token, as training and inference need it?"""
+    """Whether a prompt with its answer continues the prompt alone, token by token, as training and inference need."""
     talk, name = expressible(tokenizer), "template: answers"
     first = len(talk) - 3
     for n in (first, first + 2):
@@ -143,7 +143,7 @@ TEMPLATE_CHECKS = {
 
 
 def _control_ids(tokenizer: Any) -> set[int]:
-    """Special tokens, but for the unknown one, which any text may come to."""
+    """Special tokens except the unknown one, which any text can contain."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 

@@ -1,10 +1,10 @@
-"""What an experiment would take, told before anything runs: its steps, downloads, memory, time, and what is there.
+"""What an experiment needs before anything is run or downloaded: inputs, downloads, memory and time on one GPU.
 
-Nothing is downloaded and no weight is loaded. What is counted and what is estimated says so in the printed plan; how,
-in `questions` (rows and lengths), `network` (bytes and operations) and `machines` (time).
+No weights are loaded and the network is not used. Sizes of weights and optimiser states are exact; activations and
+durations are estimates (`network`, `machines`). How often the notebooks ask a question is counted from a rehearsal.
 """
 
-from ctxlib.commands.plan.display import show
-from ctxlib.commands.plan.planning import Plan, fits, hours, make_plan
+from ctxlib.commands.plan.display import print_plan
+from ctxlib.commands.plan.planning import Plan, make_plan
 
-__all__ = ["Plan", "fits", "hours", "make_plan", "show"]
+__all__ = ["Plan", "make_plan", "print_plan"]

@@ -1,15 +1,20 @@
-"""Classes of GPUs, and how long a step would take on one: peak numbers of their maker, and what is assumed of them."""
+"""A few GPUs, and how long a step takes on one: peak numbers from the makers, with the assumed fraction of each."""
 
 from dataclasses import dataclass
 
-from ctxlib.commands.plan.network import Network
-from ctxlib.commands.plan.steps import Step
+from ctxlib.commands.network import Network
+from ctxlib.commands.plan.workload import Step
+from ctxlib.params import InputError
 
 UTILISATION = 0.35  # of the peak, in passes over whole texts
-BANDWIDTH_USED = 0.6  # of the peak, when answers are written token by token
-SECONDS_PER_LAYER = 0.001  # at least, for each token that is written: the time to launch a layer's kernels from Python
+BANDWIDTH_USED = 0.6  # of the peak, when answers are generated token by token
+SECONDS_PER_LAYER = 0.001  # minimum per generated token: launching a layer's kernels from Python
 RESERVED_GIB = 1.5  # for CUDA itself and fragmentation
 GIB = 2**30
+ASSUMPTIONS = (
+    f"{UTILISATION:.0%} of dense peak in passes over texts, {BANDWIDTH_USED:.0%} of the bandwidth and at least "
+    f"{1000 * SECONDS_PER_LAYER:g} ms per layer for each generated token, answers of maximum length"
+)
 
 
 @dataclass(frozen=True)
@@ -27,42 +32,37 @@ class Gpu:
         """Bytes."""
         return (self.memory - RESERVED_GIB) * GIB
 
-    def operations_per_second(self, dtype: str) -> float:
-        return UTILISATION * 1e12 * (self.float32 if dtype == "float32" else self.bfloat16)
+
+GPUS = {
+    "rtx3090": Gpu("RTX 3090 24 GB", 24, 71, 35.6, 936),
+    "rtx4090": Gpu("RTX 4090 24 GB", 24, 165, 82.6, 1008),
+    "a100-40": Gpu("A100 40 GB", 40, 312, 19.5, 1555),
+    "a6000": Gpu("A6000 48 GB", 48, 155, 38.7, 768),  # the paper's, four of them
+    "a100-80": Gpu("A100 80 GB", 80, 312, 19.5, 2039),
+    "h100": Gpu("H100 80 GB", 80, 989, 67, 3350),
+}
 
 
-GPUS = (
-    Gpu("RTX 3090 24 GB", 24, 71, 35.6, 936),
-    Gpu("RTX 4090 24 GB", 24, 165, 82.6, 1008),
-    Gpu("A100 40 GB", 40, 312, 19.5, 1555),
-    Gpu("A6000 48 GB", 48, 155, 38.7, 768),  # the paper's, four of them
-    Gpu("A100 80 GB", 80, 312, 19.5, 2039),
-    Gpu("H100 80 GB", 80, 989, 67, 3350),
-)
-ASSUMPTIONS = (
-    f"one GPU; {UTILISATION:.0%} of its dense peak in passes over texts, {BANDWIDTH_USED:.0%} of its bandwidth and at "
-    f"least {1000 * SECONDS_PER_LAYER:g} ms a layer for each token written, answers as long as allowed; "
-    f"{RESERVED_GIB:g} GiB reserved"
-)
+def find_gpu(name: str) -> Gpu:
+    """Raises InputError for a GPU that is not in the table."""
+    if name.lower() not in GPUS:
+        raise InputError(f"--gpu: '{name}' is not in the table; choose one of {', '.join(GPUS)}")
+    return GPUS[name.lower()]
 
 
 def seconds(
     step: Step, network: Network, gpu: Gpu, *, weights: int, batch_size: int, dtype: str, passes: int
 ) -> int | float:
-    """How long a step takes; nan where its size is not known.
+    """Duration of a step; nan if its size is not known.
 
-    Training takes so many `passes`, each with the operations of a forward one. An answer is a pass over its prompt,
-    then for each new token of the batch one reading of all weights and of the cache.
+    Training takes `passes` times the operations of a forward pass. An answer is one pass over its prompt, then for
+    each new token of the batch one read of all weights and of the cache.
     """
-    if step.kind == "train":
+    peak = UTILISATION * 1e12 * (gpu.float32 if dtype == "float32" and step.what != "training" else gpu.bfloat16)
+    if step.what == "training":
         computed = step.padding * step.tokens
-        operations = network.forward_operations(computed, step.attended or step.length, logits=computed)
-        return passes * operations / gpu.operations_per_second("bfloat16")
+        return passes * network.forward_operations(computed, step.attended or step.length, logits=computed) / peak
     operations = network.forward_operations(step.tokens, step.length, logits=step.rows if step.new_tokens else 0)
-    reading = operations / gpu.operations_per_second(dtype)
-    if not step.new_tokens:
-        return reading
     cache = network.kv_cache(batch_size, dtype) * step.length
-    read = (weights + cache) / (BANDWIDTH_USED * 1e9 * gpu.bandwidth)
-    batches = step.rows / batch_size
-    return reading + batches * step.new_tokens * max(read, SECONDS_PER_LAYER * network.layers)
+    per_token = max((weights + cache) / (BANDWIDTH_USED * 1e9 * gpu.bandwidth), SECONDS_PER_LAYER * network.layers)
+    return operations / peak + step.rows / batch_size * step.new_tokens * per_token

@@ -1,13 +1,14 @@
-"""What each step holds in a GPU's memory, by batch size, and which parameter to change where it would not fit."""
+"""GPU memory of each step by part and batch size, and the parameters to change if it does not fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctxlib.commands.plan.network import Network, answering_memory, reading_memory, training_memory
-from ctxlib.commands.plan.questions import Texts
-from ctxlib.commands.plan.sources import Source
-from ctxlib.params import Params
+from ctxlib.commands.network import BYTES, Network
+from ctxlib.commands.plan.texts import Texts
+from ctxlib.commands.sources import Source
+from ctxlib.finetune import LORA_TARGETS
+from ctxlib.params import TRAINED_MODELS, Params
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 TOKEN_BUDGET = 8192  # of a batch to score, on a GPU
@@ -15,11 +16,9 @@ TOKEN_BUDGET = 8192  # of a batch to score, on a GPU
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one step, by part. `setting` is the parameter that scales it, if any: `each` of it is one example."""
+    """Bytes of one step, by part. `setting` is the parameter that scales it, if any; one example is `each` of it."""
 
-    notebook: str
-    what: str
-    kind: str  # answer, read, score, train, compare
+    what: str  # scoring, training, answering, or the comparison of embeddings
     setting: str | None
     value: int | None
     parts: dict[str, int]
@@ -30,108 +29,145 @@ class Footprint:
         return sum(self.parts.values())
 
 
-def footprints(params: Params, models: dict[str, Source], questions: dict[str, Texts]) -> list[Footprint]:
-    """The peak of each step, as its notebook holds its models: all that it has loaded stay in memory."""
-    section, batch_size = params.finetune, params.models.batch_size
-    pretrained, instruct, seed = (models[which].network for which in ("pretrained", "instruct", "seed_model"))
-    of_pretrained, of_instruct, of_seed = (_inference(params, network) for network in (pretrained, instruct, seed))
-    tuned = pretrained.weights(params.models.dtype, "nf4" if section.method == "qlora" else params.models.quantisation)
-    adapter = 0 if section.method == "full" else 4 * pretrained.lora_parameters(section.lora_rank)
-    longest = max(texts.longest for texts in questions.values() if texts.n)
-    needles, new_tokens = questions["needle"].longest, max(texts.max_new_tokens for texts in questions.values())
-
-    held = {
-        "00": {"weights": of_pretrained},
-        "01": {"weights": of_pretrained + of_instruct, "adapter": adapter if models["instruct"].adapter else 0},
-        "04": {"weights": 2 * tuned + of_pretrained, "adapter": 2 * adapter},
-    }
-    found = []
-    for notebook, loaded in held.items():
-        prompt = longest if notebook == "04" else needles
-        answering = answering_memory(
-            pretrained, batch_size=batch_size, prompt=int(prompt), new_tokens=new_tokens, dtype=params.models.dtype
-        )
-        found.append(Footprint(notebook, "answers", "answer", "models.batch_size", batch_size, loaded | answering))
-        if notebook != "00":
-            reading = reading_memory(pretrained, tokens=batch_size * int(needles), dtype=params.models.dtype)
-            found.append(Footprint(notebook, "attention", "read", "models.batch_size", batch_size, loaded | reading))
+def footprints(params: Params, models: Mapping[str, Source], texts: Mapping[str, Texts]) -> list[Footprint]:
+    """Peak of each step for the longest texts, with all models that a notebook has loaded at that moment."""
+    tuning, dtype = params.finetune, params.models.dtype
+    pretrained, seed = models["pretrained"].network, models["seed_model"].network
+    loaded = {which: source.network.weights(dtype, params.models.quantisation) for which, source in models.items()}
+    tuned = pretrained.weights(dtype, "nf4" if tuning.method == "qlora" else params.models.quantisation)
+    adapter = 0 if tuning.method == "full" else 4 * pretrained.lora_parameters(tuning.lora_rank)
 
     length = min(params.conversations.max_length, seed.positions)
     budget = params.scoring.token_budget or TOKEN_BUDGET
-    tokens = max(budget, length)
-    scoring = reading_memory(seed, tokens=tokens, dtype=params.models.dtype, recorded_rows=tokens)
-    scoring = {"weights": of_seed} | scoring
-    found.append(Footprint("02", "scores", "score", "scoring.token_budget", budget, scoring, each=length))
-
+    scoring = {"weights": loaded["seed_model"], "activations": scoring_memory(seed, max(budget, length), dtype)}
     training = training_memory(
         pretrained,
-        method=section.method,
-        batch_size=section.batch_size,
+        method=tuning.method,
+        batch_size=tuning.batch_size,
         length=params.conversations.max_length,
-        rank=section.lora_rank,
-        dropout=section.lora_dropout,
-        checkpointing=section.gradient_checkpointing is not False,
-        packing=section.packing,
+        rank=tuning.lora_rank,
+        dropout=tuning.lora_dropout,
+        checkpointing=tuning.gradient_checkpointing is not False,
+        packing=tuning.packing,
     )
-    found.append(Footprint("03", "training", "train", "finetune.batch_size", section.batch_size, training))
-    rows = {"weights": 2 * of_pretrained + tuned, "adapter": adapter}
-    rows |= {"activations": 3 * 4 * pretrained.vocabulary * pretrained.width}
-    found.append(Footprint("03", "embeddings compared", "compare", None, None, rows))
-    return sorted(found, key=lambda footprint: footprint.notebook)
+    compared = {"weights": 2 * loaded["pretrained"] + tuned, "adapter": adapter}
+    compared |= {"activations": 3 * 4 * pretrained.vocabulary * pretrained.width}
+    tuned_ones = len(TRAINED_MODELS) * tuned, len(TRAINED_MODELS) * adapter
+    instructed = loaded["instruct"], adapter if models["instruct"].adapter else 0
+    beside = max(tuned_ones, instructed, key=sum)  # the models that answer, besides the pretrained one
+    asked = [one for one in texts.values() if one.family != "conversations"]
+    answering = {"weights": loaded["pretrained"] + beside[0], "adapter": beside[1]}
+    answering |= answering_memory(
+        pretrained,
+        batch_size=params.models.batch_size,
+        prompt=int(max(one.longest for one in asked)),
+        new_tokens=max(one.max_new_tokens for one in asked),
+        dtype=dtype,
+    )
+    return [
+        Footprint("scoring", "scoring.token_budget", budget, scoring, each=length),
+        Footprint("training", "finetune.batch_size", tuning.batch_size, training),
+        Footprint("comparing embeddings", None, None, compared),
+        Footprint("answering", "models.batch_size", params.models.batch_size, answering),
+    ]
 
 
-def _inference(params: Params, network: Network) -> int:
-    return network.weights(params.models.dtype, params.models.quantisation)
+def training_memory(
+    network: Network,
+    *,
+    method: str,
+    batch_size: int,
+    length: int,
+    rank: int,
+    dropout: float,
+    checkpointing: bool = True,
+    packing: bool = False,
+) -> dict[str, int]:
+    """Bytes on a GPU at the peak of a training step, by part, for the longest batch.
+
+    Exact: `weights` (bfloat16, NF4 under QLoRA, float32 under full fine-tuning), `adapter` (float32, with a row for
+    the indicator in either embedding), `gradients` and `optimiser` (float32, Adam's two moments).
+
+    Estimated: `activations` are what a layer keeps (norms in float32, projections and the inputs of linear layers in
+    bfloat16, LoRA's dropout masks), for one layer and the inputs of all with `checkpointing`, else for all layers; the
+    gradients passing through a layer; the mask, 3 bytes per pair of positions (if packed, all pairs of the row); and
+    copies of weights (full: autocast's bfloat16; LoRA: embeddings with the indicator's row, and one gradient).
+    `logits`: 14 bytes each: 2 in bfloat16, and float32 for the loss, the output and the log-softmax.
+    """
+    tokens, full = batch_size * length, method == "full"
+    rows = network.embeddings * network.width  # the indicator's
+    weights = network.weights("float32" if full else "bfloat16", "nf4" if method == "qlora" else None)
+    adapter = 0 if full else network.lora_parameters(rank) + rows
+    trained = network.parameters + rows if full else network.lora_parameters(rank) + network.width
+    width, intermediate = network.width, network.intermediate
+    inputs = sum(size for name, size, _ in network.linears if name in LORA_TARGETS) / network.layers
+    kept = 16 * width + 2 * (2 * network.attention_width + 2 * network.kv_width + 3 * intermediate)
+    kept += inputs * (3 if dropout and not full else 2)
+    passing = 2 * (2 * intermediate + 2 * width)
+    layers = (4 if full else 2) * network.layers * width + kept if checkpointing else network.layers * kept
+    pairs = 0 if batch_size == 1 else tokens**2 if packing else tokens * length
+    copies = 2 * network.multiplied if full else (network.embeddings + 1) * 2 * network.vocabulary * width
+    return {
+        "weights": weights + rows * (4 if full else 2),
+        "adapter": 4 * adapter,
+        "gradients": 4 * trained,
+        "optimiser": 8 * trained,
+        "activations": int(tokens * (layers + passing)) + 3 * pairs + copies,
+        "logits": 14 * tokens * network.vocabulary,
+    }
 
 
-def at_batch_size(params: Params, footprint: Footprint, batch_size: int) -> Params:
-    """The parameters with so many examples in that step's batch; of scores, conversations of full length."""
-    return replaced(params, {footprint.setting: batch_size * footprint.each})
+def answering_memory(network: Network, *, batch_size: int, prompt: int, new_tokens: int, dtype: str) -> dict[str, int]:
+    """Bytes besides the weights for a batch of the longest prompts; `activations` of the prompts' pass, an estimate.
+
+    One layer at a time, its masks (3 bytes per pair of positions), and the logits of one position.
+    """
+    activations = _forward(network, batch_size * prompt, dtype)
+    activations += batch_size * (3 * prompt**2 + 4 * network.vocabulary)
+    return {"kv_cache": network.kv_cache(batch_size * (prompt + new_tokens), dtype), "activations": activations}
+
+
+def scoring_memory(network: Network, tokens: int, dtype: str) -> int:
+    """Bytes besides the weights, an estimate: one layer; queries, keys and values in float32; five roles' shares."""
+    shares = 4 * 5 * network.layers * network.config.num_attention_heads
+    return _forward(network, tokens, dtype) + tokens * (4 * 4 * network.attention_width + 2 * shares)
+
+
+def _forward(network: Network, tokens: int, dtype: str) -> int:
+    """One layer's activations without gradients: residual, norm, projections, and the widest part of its MLP."""
+    elements = 4 * network.width + 3 * network.attention_width + 3 * network.intermediate
+    return tokens * (elements * BYTES[dtype] + 4 * network.width)
 
 
 def remedies(params: Params, footprint: Footprint) -> Iterator[dict[str, Any]]:
-    """Changes that make a step smaller, those first that change no result: overrides for `load_params`."""
-    quantised = {} if params.models.quantisation else {"models.quantisation": "nf4"}
-    if footprint.kind == "train":
-        again = {"finetune.gradient_checkpointing": True} if params.finetune.gradient_checkpointing is False else {}
-        for method in _methods(params.finetune.method):
-            changed = again | ({} if method == params.finetune.method else {"finetune.method": method})
-            for batch in _same_batch(params):
-                if changed | batch:
-                    yield changed | batch
+    """Changes that make a step smaller, first those that change no result: overrides for `load_params`."""
+    tuning = params.finetune
+    if footprint.what == "training":
+        again = {"finetune.gradient_checkpointing": True} if tuning.gradient_checkpointing is False else {}
+        methods = ("full", "lora", "qlora")
+        for method in methods[methods.index(tuning.method) :]:
+            changed = again | ({} if method == tuning.method else {"finetune.method": method})
+            yield changed
+            for size in range(tuning.batch_size - 1, 0, -1):  # the product with the accumulation stays
+                steps, rest = divmod(tuning.batch_size * tuning.gradient_accumulation, size)
+                if not rest:
+                    changed = changed | {"finetune.batch_size": size, "finetune.gradient_accumulation": steps}
+                    yield changed
         length = params.conversations.max_length
         while (length := length // 2) >= 256:
-            yield changed | batch | {"conversations.max_length": length}
+            yield changed | {"conversations.max_length": length}
         return
-    if footprint.setting:
-        for more in ({}, quantised) if quantised else ({},):
-            if more:
-                yield more
-            value = footprint.value
-            while value > 1:
-                value //= 2
-                yield {footprint.setting: value} | more
-    elif quantised:
-        yield quantised
+    quantised = [] if params.models.quantisation else [{"models.quantisation": "nf4"}]
+    for more in ({}, *quantised):
+        yield more
+        value = footprint.value or 1
+        while value > 1:
+            value //= 2
+            yield {footprint.setting: value} | more
 
 
-def _methods(method: str) -> tuple[str, ...]:
-    order = ("full", "lora", "qlora")
-    return order[order.index(method) :]
-
-
-def _same_batch(params: Params) -> Iterator[dict[str, int]]:
-    """The batch as it is, then smaller and smaller ones, with the accumulation that leaves their product as it is."""
-    section = params.finetune
-    product = section.batch_size * section.gradient_accumulation
-    yield {}
-    for batch_size in range(section.batch_size - 1, 0, -1):
-        if product % batch_size == 0:
-            yield {"finetune.batch_size": batch_size, "finetune.gradient_accumulation": product // batch_size}
-
-
-def replaced(params: Params, overrides: dict[str, Any]) -> Params:
-    """The parameters with other values under their dotted keys."""
+def replaced(params: Params, overrides: Mapping[str, Any]) -> Params:
+    """The parameters with other values under their dotted keys, not checked again."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         section, _, name = key.partition(".")

@@ -1,0 +1,42 @@
+"""The only door to tokenizers, models and adapters, and the indicator's rows."""
+
+from ctxlib.models.door import (
+    DTYPES,
+    Subject,
+    load_config,
+    load_model,
+    load_tokenizer,
+    memory_advice,
+    require_chat_template,
+)
+from ctxlib.models.embeddings import add_indicator, add_indicator_token, embedding_changes, set_indicator_row
+from ctxlib.models.folders import (
+    TOKENIZER_FILES,
+    adapter_base,
+    check_weights,
+    is_adapter,
+    is_local,
+    model_hash,
+    trained_over,
+)
+
+__all__ = [
+    "DTYPES",
+    "TOKENIZER_FILES",
+    "Subject",
+    "adapter_base",
+    "add_indicator",
+    "add_indicator_token",
+    "check_weights",
+    "embedding_changes",
+    "is_adapter",
+    "is_local",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "memory_advice",
+    "model_hash",
+    "require_chat_template",
+    "set_indicator_row",
+    "trained_over",
+]

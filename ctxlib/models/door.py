@@ -1,0 +1,375 @@
+"""The only `from_pretrained` of the project: configurations, tokenizers, models and adapters come through this door.
+
+Nothing of a model's folder is ever run, and no question is asked on standard input. Whatever a loader raises becomes
+one line that names the folder. After loading, no weight that the model needs may have been made up: transformers fills
+a missing one with random numbers and only logs it.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from ctxlib.conversations import Message
+from ctxlib.files import hub_remedy, one_line, read_text
+from ctxlib.models.embeddings import resize_with_mean
+from ctxlib.models.folders import (
+    adapter_base,
+    adapter_revision,
+    check_adapter_files,
+    check_model_files,
+    check_tokenizer_files,
+    check_weights,
+    is_adapter,
+    is_local,
+    source,
+)
+from ctxlib.params import InputError
+from ctxlib.roles import Contents, render
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Multimodal checkpoints carry these beside the text model; llama's oldest files carry what is computed today.
+_NOT_OF_THE_TEXT = re.compile(r"vision|visual|image|audio|speech|multi_modal|mm_|rotary_emb\.inv_freq|\bmtp\b")
+_PROBES = ("One, two; three.", "<s>[INST] a  b [/INST]</s>", "</s>\n<|user|>\nA </s>\n", "  x\n\ny", "ß 東京 🙂")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked questions, with its tokenizer, its name, and the key of its answers in a cache.
+
+    key: a hash of the model's files (`model_hash`), so that a retrained model is asked again.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: Any
+    key: str
+
+
+@contextmanager
+def memory_advice(settings: str, kept: str | Path | None = None) -> Iterator[None]:
+    """If memory runs out in the block, raises InputError with the settings to change.
+
+    `kept` is where finished work lies, which is not done again.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        resume = f"; finished work is kept in {kept}, and a run with less resumes from there" if kept else ""
+        raise InputError(f"out of memory ({one_line(error)}): set {settings}{resume}") from error
+
+
+@contextmanager
+def _opening(what: str, path: str | Path, revision: str | None = None) -> Iterator[None]:
+    """Whatever a loader raises, as one line: TypeError, AttributeError, Rust's exceptions, there is no list."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report on the weights is replaced by our checks
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        remedy = _remedy(error) if is_local(path) else hub_remedy(str(path), "model", revision, error)
+        raise InputError(f"{path}: {what} not loadable: {_reason(error)}; {remedy}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _reason(error: Exception) -> str:
+    """What a loader says, on one line: the first sentences of it."""
+    words = " ".join(str(error).split()).strip(" .") or "no reason given"
+    said = words if len(words) <= 200 else f"{words[:197].rpartition(' ')[0]} …"
+    return said if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {said}"
+
+
+def _remedy(error: Exception) -> str:
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return "code of a model's folder is never run here; use a model that transformers knows"
+    if "scaled_dot_product_attention" in str(error) or "attn_implementation" in str(error):
+        return "set models.attention to eager (--attention eager)"
+    if isinstance(error, ImportError):
+        return "install what it names, or use a model that needs nothing more"
+    return "repair the folder, or fetch the model again"
+
+
+def load_tokenizer(
+    path: str | Path, *, chat_template: str | Path | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of a local folder or of a hub id, with `chat_template` (a .jinja file or the template itself) if given.
+
+    A tokenizer without a padding token, or whose padding token has no embedding, pads with `unk`, else with `eos`: the
+    vocabulary keeps its size, and only the attention mask separates padding from text. An adapter's folder without a
+    tokenizer has that of its base model. The pipeline is that of `tokenizer.json`: transformers 5 rebuilds it for some
+    classes (`LlamaTokenizer`) into one that gives other ids than those of training.
+
+    Raises InputError for a missing folder, a folder without a tokenizer, one that asks to run code, tokens for which
+    the model has no embedding, an unreadable or faulty template.
+    """
+    if is_adapter(path) and not check_tokenizer_files(path, required=False):
+        path, revision = adapter_base(path), revision or adapter_revision(path)
+    if is_local(path):
+        check_tokenizer_files(path)
+    with _opening("tokenizer", path, revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
+        )
+        if tokenizer.is_fast:
+            _keep_pipeline(tokenizer, cached_file(source(path), "tokenizer.json", revision=revision,
+                                                  _raise_exceptions_for_missing_entries=False))  # fmt: skip
+    _check_fits(tokenizer, path, revision)
+    if tokenizer.pad_token is None:
+        raise InputError(f"{path}: the tokenizer has no pad, unk or eos token; give it one")
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+        require_chat_template(tokenizer)
+    return tokenizer
+
+
+def _keep_pipeline(tokenizer: PreTrainedTokenizerBase, file: str | None) -> None:
+    """Puts the pipeline of `tokenizer.json` back if the loaded one gives other ids."""
+    if file is None:
+        return
+    as_saved = Tokenizer.from_file(file)
+    loaded = tokenizer.backend_tokenizer
+    if any(
+        as_saved.encode(probe, add_special_tokens=False).ids != loaded.encode(probe, add_special_tokens=False).ids
+        for probe in _PROBES
+    ):
+        as_saved.no_padding()
+        as_saved.no_truncation()
+        tokenizer._tokenizer = as_saved
+
+
+def _check_fits(tokenizer: PreTrainedTokenizerBase, path: str | Path, revision: str | None) -> None:
+    """Chooses a padding token that the model knows. Raises InputError for tokens beyond the model's embeddings."""
+    n_rows = None if is_adapter(path) else _vocabulary_size(path, revision)
+    beyond = {
+        token: number for token, number in tokenizer.get_vocab().items() if n_rows is not None and number >= n_rows
+    }
+    if tokenizer.pad_token is None or tokenizer.pad_token in beyond:
+        beyond.pop(tokenizer.pad_token, None)
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        more = f" (and {len(beyond) - 1} more)" if len(beyond) > 1 else ""
+        raise InputError(
+            f"{path}: its tokenizer knows the token {token!r} as {number}{more}, its model has embeddings for 0 to "
+            f"{n_rows - 1} (config.json: vocab_size); take the tokenizer that the model was trained with, or give the "
+            "model rows for them (resize_token_embeddings)"
+        )
+
+
+def _vocabulary_size(path: str | Path, revision: str | None) -> int | None:
+    """Rows of the embeddings as the configuration has them; None where there is no readable configuration."""
+    if is_local(path) and not (Path(path).expanduser() / "config.json").is_file():
+        return None
+    try:
+        return load_config(path, revision=revision).vocab_size
+    except (InputError, AttributeError):
+        return None  # loading the model reports it
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError unless the tokenizer has a chat template that renders a question and its answer."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; name a .jinja file as models.chat_template"
+        )
+    render(tokenizer, Contents([Message("user", "question"), Message("assistant", "answer")]), False)
+
+
+def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+    """The text model's configuration (of an adapter's base) without its weights, for what can be checked before.
+
+    Raises InputError as `load_model` does for a folder or configuration that it would not load.
+    """
+    check_weights(path)
+    if is_adapter(path):
+        path = adapter_base(path)
+        check_model_files(path)
+    with _opening("configuration", path, revision):
+        config = AutoConfig.from_pretrained(
+            source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
+        ).get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if isinstance(heads, int) and isinstance(width, int) and not getattr(config, "head_dim", None) and width % heads:
+        raise InputError(
+            f"{path}: config.json: hidden_size {width} is no multiple of num_attention_heads {heads}; correct one"
+        )
+    return config
+
+
+@memory_advice("models.dtype to bfloat16, or models.quantisation to nf4 (--dtype, --quantisation)")
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    quantisation: str | None = None,
+    attention: str = "sdpa",
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Causal language model in eval mode, from a local folder or a hub id; safetensors only, never remote code.
+
+    Parameters
+    ----------
+    path: model folder or hub id; the folder of an adapter stands for its base model together with the adapter, and
+        for the revision that it was trained on unless another is given.
+    quantisation: "nf4" for 4-bit NormalFloat weights with double quantisation (Dettmers et al. 2023), or None: as the
+        checkpoint is.
+    adapter: folder of a peft LoRA adapter. Where its tokenizer knows more tokens than the base has embeddings (the
+        indicator's), the new rows are the mean of the old ones before the adapter is laid over them.
+    device: default "cuda" where there is one, else "cpu".
+
+    Raises InputError for a missing folder, one without config.json or without whole safetensors, weights that are
+    missing or have another shape than the configuration says, layers in the files beyond those of the configuration,
+    an unknown dtype or quantisation, an unreadable file, what the hub refuses, adapters that are no LoRA or were made
+    for another model, and a model that does not fit into memory.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
+    if quantisation not in (None, "nf4"):
+        raise InputError(f"quantisation '{quantisation}': expected 'nf4' or null")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if adapter is None and is_adapter(path):
+        revision = revision or adapter_revision(path)
+        path, adapter = adapter_base(path), path
+    check_model_files(path)
+    if adapter is not None and is_local(adapter):
+        check_adapter_files(adapter)
+    config = load_config(path, revision=revision)
+    # None would switch off the checkpoint's own quantisation, so it is not passed
+    quantised = {} if quantisation is None else {"quantization_config": _nf4(config, dtype, path)}
+    with _opening("model", path, revision):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source(path),
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            revision=revision,
+            local_files_only=is_local(path),
+            device_map={"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused with their names
+            **quantised,
+        )
+    _check_complete(report, path)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # An eval-mode forward on AVX512-BF16 processors repacks the weights and gradients are wrong ever after.
+            module.support_avx512bf16_for_cpu = False
+    return (model if adapter is None else _with_adapter(model, adapter, path)).eval()
+
+
+def _nf4(config: PreTrainedConfig, dtype: str, path: str | Path) -> BitsAndBytesConfig:
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        how = own.get("quant_method", "some way") if isinstance(own, Mapping) else type(own).__name__
+        raise InputError(f"{path}: is quantised already ({how}); leave models.quantisation null (--quantisation)")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+
+
+def _check_complete(report: Mapping[str, Any], path: str | Path) -> None:
+    """Raises InputError unless the files hold every weight of the model, in its shape, and no further layers."""
+    missing, unexpected = (sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
+        prefixes = {key.removesuffix(missing[0]) for key in unexpected if key.endswith(missing[0])}
+        hint = "fetch the model again, or correct config.json"
+        if prefixes:
+            hint = f"in the files their names begin with '{min(prefixes)}': save the model without that wrapper"
+        raise InputError(f"{path}: {_some(missing)} missing in its files and would be random; {hint}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, there, wanted = mismatched[0]
+        shapes = f"{_shape(there)} in the files, {_shape(wanted)} by config.json"
+        raise InputError(
+            f"{path}: {_some([key for key, *_ in mismatched])} of another shape ({name}: {shapes}) and would be "
+            "random; fetch the model again, or correct config.json"
+        )
+    if report["error_msgs"]:
+        raise InputError(f"{path}: weights not loadable: {report['error_msgs'][0]}; fetch the model again")
+    unread = [key for key in unexpected if not _NOT_OF_THE_TEXT.search(key)]
+    if layers := [key for key in unread if re.search(r"\.(layers|h|blocks)\.\d+\.", key)]:
+        raise InputError(
+            f"{path}: {_some(layers)} in its files and not in the model that config.json describes; correct config.json"
+        )
+    if unread:
+        warnings.warn(f"{path}: {_some(unread)} in its files and not read", stacklevel=3)
+
+
+def _some(names: list[str]) -> str:
+    """'3 weights (a, b, …) are', 'the weight a is'."""
+    shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+    return f"the weight {shown} is" if len(names) == 1 else f"{len(names)} weights ({shown}) are"
+
+
+def _shape(of: Any) -> str:
+    return "×".join(map(str, tuple(of)))
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path) -> PeftModel:
+    resize_with_mean(model, len(load_tokenizer(adapter)))
+    try:
+        with _opening("adapter", adapter):
+            laid = PeftModel.from_pretrained(model, source(adapter))
+    except InputError as error:
+        raise InputError(f"{error} (adapter for {path})") from error
+    if is_local(adapter):
+        _check_adapter_is_read(laid, Path(adapter).expanduser() / "adapter_model.safetensors", path)
+    return laid
+
+
+def _check_adapter_is_read(model: PeftModel, file: Path, path: str | Path) -> None:
+    """Raises InputError unless the adapter's file holds exactly the weights that were laid over the model."""
+    with safe_open(file, framework="pt") as weights:
+        in_file = set(weights.keys())
+    known = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if unread := sorted(in_file - known - set(model.state_dict())):  # embeddings may be saved whole
+        raise InputError(
+            f"{file}: {_some(unread)} of no layer of {path}: the adapter was made for another model; give its base "
+            "model as base_model_name_or_path in adapter_config.json"
+        )
+    lora = {key for key in known if "lora_" in key}
+    if missing := sorted(lora - in_file):
+        raise InputError(f"{file}: {_some(missing)} missing; fetch the adapter again")
+
+
+def _template_text(template: str | Path) -> str:
+    if isinstance(template, str) and ("{{" in template or "{%" in template):
+        return template
+    try:
+        return read_text(Path(template).expanduser(), "correct the path, or repair the file")
+    except InputError as error:
+        raise InputError(f"chat template not readable: {error}") from error
