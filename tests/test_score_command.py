@@ -362,7 +362,7 @@ def test_an_interrupted_run_says_how_to_go_on(score, monkeypatch):
 
     monkeypatch.setattr(score_folder, "score_corpus", interrupted)
     status, _, errors = score()
-    assert status == 130 and "stopped; the same command goes on from the parts in" in errors
+    assert status == 130 and "interrupted; the same command resumes from the parts in" in errors
 
 
 def test_nothing_that_fits_is_an_error(score):
@@ -455,8 +455,8 @@ def test_marks_are_only_made_from_the_data_that_were_scored(score, ctxlib, data,
     for arguments, said in (
         (["--threshold", "0.5", "--fraction", "0.5"], "give a threshold or a fraction, one of the two"),
         ([], "give a threshold or a fraction, one of the two"),
-        (["--threshold", "60"], "threshold 60.0: scores lie between 0 and 1"),
-        (["--fraction", "60"], "fraction 60.0: give a number from 0 to 1"),
+        (["--threshold", "60"], "--threshold 60.0: input should be less than or equal to 1"),
+        (["--fraction", "60"], "--fraction 60.0: input should be less than or equal to 1"),
         (["--threshold", "0.5", "--layer", "0"], "layer 0 was not scored; there is 2"),
         (["--threshold", "0.5", "--out", tmp_path / "marked.csv"], "expected the name of a .jsonl, .json or .parquet"),
         (["--threshold", "0.5", "--out", data], "the marks are made from this file; choose another name"),
@@ -509,6 +509,6 @@ def test_the_help_tells_every_option(ctxlib, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
     status, said, _ = ctxlib("score", "--help")
-    assert status == 0 and "the paper's 15 of 22, to scale" in said and "counted from 1" in said
-    for field in Settings.__dataclass_fields__:
+    assert status == 0 and "the paper's 15 of 22, to scale" in said and "1-based" in said
+    for field in Settings.model_fields:
         assert f"--{field.removesuffix('s') if field == 'layers' else field}".replace("_", "-") in said

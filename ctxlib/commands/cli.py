@@ -168,7 +168,8 @@ def score(
     out: Annotated[Path, option("Folder for the scores; an interrupted run resumes there.", INPUT)],
     rows: options(ScoredRows, DATA) = None,
     layer: Annotated[
-        list[str] | None, option("0-based, repeatable, or all; by default round(depth × 15/22).", SCORE)
+        list[str] | None,
+        option("0-based, repeatable, or all; by default the paper's 15 of 22, to scale: round(depth × 15/22).", SCORE),
     ] = None,
     rule: options(ScoreRule, SCORE) = None,
     loading: options(Loading, MODEL) = None,
