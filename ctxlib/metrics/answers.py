@@ -15,7 +15,7 @@ from ctxlib.params import InputError, Variant
 
 ANSWER_METRICS = ("exact_match", "token_f1", "containment", "needle_recall", "says_memory")
 QUAC_METRICS = ("unfiltered_f1", "human_f1", "human_equivalent")
-CANNOTANSWER = "CANNOTANSWER"  # QuAC's answer where the passage holds none
+CANNOTANSWER = "CANNOTANSWER"  # the answer in QuAC if the passage contains none
 MIN_HUMAN_F1 = 0.4  # below, the official QuAC script leaves a question out
 
 
@@ -26,7 +26,7 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
-    """1.0 where the normalised answer equals any normalised gold answer, else 0.0. Official SQuAD v1.1 script."""
+    """1.0 if the normalised answer equals any normalised gold answer, else 0.0. Official SQuAD v1.1 script."""
     return float(any(normalise_answer(answer) == normalise_answer(gold) for gold in golds))
 
 
@@ -41,7 +41,7 @@ def _f1(answer_words: list[str], gold_words: list[str]) -> float:
 
 
 def containment(answer: str, golds: Sequence[str], *, whole_words: bool = False) -> float:
-    """1.0 where any normalised gold answer is a substring of the normalised answer (paper, section 4; official script).
+    """1.0 if any normalised gold answer is a substring of the normalised answer (paper, section 4; official script).
 
     `whole_words=True` asks for whole words, so that "3" is not found in "13". A gold answer of which normalising
     leaves nothing is never contained.
@@ -56,7 +56,7 @@ def needle_recall(answer: str, keywords: Sequence[str], *, variant: Variant = "a
 
     `authors_code` is the authors' rule: lower case, ASCII punctuation to spaces, split at spaces and newlines, exact
     word equality. `standard` splits at everything that is no letter, digit or underscore in any script, and a keyword
-    of several words counts where these stand side by side. Raises InputError where there are no keywords.
+    of several words counts if these are adjacent. Raises InputError if there are no keywords.
     """
     if not keywords:
         raise InputError("needle_recall: no keywords; give every needle question at least one keyword")
@@ -86,9 +86,9 @@ def squad_v2_scores(answer: str, golds: Sequence[str]) -> tuple[float, float]:
 
 
 def quac_references(references: Sequence[str]) -> list[str]:
-    """The annotators' answers that count: CANNOTANSWER alone where at least half said so, else the rest (QuAC script).
+    """The annotators' answers that count: CANNOTANSWER alone if at least half said so, else the rest (QuAC script).
 
-    Raises InputError where there are none.
+    Raises InputError if there are none.
     """
     if not references:
         raise InputError("quac_references: no references; give every QuAC question at least one")
@@ -100,7 +100,7 @@ def quac_f1(answer: str, references: Sequence[str]) -> float:
     """F1 in [0, 1] by the official QuAC script: the mean, over leaving out each reference in turn, of the best F1.
 
     So the answer meets as many references as a human does in `quac_human_f1`. CANNOTANSWER is met by just that, and by
-    nothing else. Raises InputError where there are no references. Reference: Choi et al. 2018, section 4.
+    nothing else. Raises InputError if there are no references. Reference: Choi et al. 2018, section 4.
     """
     references = quac_references(references)
     f1 = [float(answer == gold) if gold == CANNOTANSWER else token_f1(answer, [gold]) for gold in references]
@@ -108,7 +108,7 @@ def quac_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def quac_human_f1(references: Sequence[str]) -> float:
-    """Mean over the references of the best F1 with another one, in [0, 1]; 1 where there is only one (QuAC script)."""
+    """Mean over the references of the best F1 with another one, in [0, 1]; 1 if there is only one (QuAC script)."""
     references = quac_references(references)
     others = [(gold, [*references[:left], *references[left + 1 :]]) for left, gold in enumerate(references)]
     return float(np.mean([token_f1(gold, rest) for gold, rest in others])) if len(others) > 1 else 1.0
@@ -117,8 +117,8 @@ def quac_human_f1(references: Sequence[str]) -> float:
 def quac_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """token_f1, unfiltered_f1, human_f1 and human_equivalent of one answer, as the official QuAC script averages them.
 
-    `human_equivalent` is 1 where the answer's F1 is not below the humans'; its mean is HEQ-Q. It and `token_f1` are NaN
-    where the humans agree too little (MIN_HUMAN_F1). Raises InputError where there are no references.
+    `human_equivalent` is 1 if the answer's F1 is not below the humans'; its mean is HEQ-Q. It and `token_f1` are NaN
+    if the humans agree too little (MIN_HUMAN_F1). Raises InputError if there are no references.
     """
     f1, human = quac_f1(answer, references), quac_human_f1(references)
     kept = human >= MIN_HUMAN_F1
@@ -194,7 +194,7 @@ def _drop_f1(said: set[str], gold: set[str]) -> float:
 
 
 def drop_containment(answer: str, annotations: Sequence[Sequence[str]], *, variant: Variant = "standard") -> float:
-    """1.0 where the answer says what an annotator found, else 0.0.
+    """1.0 if the answer says what an annotator found, else 0.0.
 
     `standard`: all spans of any annotator, as whole words, normalised as by the official script. `authors_code`: any
     one span of the first annotator, as a raw substring, so that "3" is found in "13" (official script).
@@ -214,9 +214,9 @@ def until_stop(answer: str) -> str:
 def score_answers(
     frame: pd.DataFrame, questions: Sequence[Question], *, variant: Variant = "authors_code"
 ) -> pd.DataFrame:
-    """`frame` (id, answer, …) with a column for each of ANSWER_METRICS, in [0, 1]; NaN where it is not asked for.
+    """`frame` (id, answer, …) with a column for each of ANSWER_METRICS, in [0, 1]; NaN if it is not asked for.
 
-    `says_memory` is 1 where the answer contains the memory answer as whole words. On SQuAD, QuAC and DROP (kinds
+    `says_memory` is 1 if the answer contains the memory answer as whole words. On SQuAD, QuAC and DROP (kinds
     `squad`, `squad_v2`, `quac`, `drop`, with or without `_no_answer`) exact_match and token_f1 follow the dataset's own
     script, of which QuAC's has no exact match; where QuAC is among the questions, QUAC_METRICS and `dialogue` are
     further columns. There, `containment` asks in the `standard` variant for whole words, while in the `authors_code`
