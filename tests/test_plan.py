@@ -17,7 +17,7 @@ from ctxlib.commands import cli, sources
 from ctxlib.commands.network import KNOWN, as_config, count
 from ctxlib.commands.plan import make_plan, print_plan
 from ctxlib.commands.plan.machines import GIB, GPUS
-from ctxlib.commands.plan.memory import footprints, replaced, training_memory
+from ctxlib.commands.plan.memory import footprints, training_memory
 from ctxlib.commands.plan.texts import frame, needle_contexts
 from ctxlib.commands.plan.workload import padding
 from ctxlib.finetune import Example, add_lora, collate, pack, training_order
@@ -318,16 +318,15 @@ def test_a_model_in_the_hubs_cache_is_read_there_and_not_downloaded_again(hub_ca
 def test_what_would_not_fit_names_changes_that_make_it_fit():
     path = ROOT / "params" / "tinyllama-ultrachat.yaml"
     plan = plan_of(path, **{"models.batch_size": 128})
-    for on_gpu in on_each_gpu(plan):
-        found = on_gpu.remedies()
-        assert {footprint.what for footprint, _, _ in found} >= {"answering"}
-        for footprint, change, size in found:
-            assert footprint.total > on_gpu.gpu.usable >= size
-            if "finetune.batch_size" in change:
-                assert change["finetune.batch_size"] * change["finetune.gradient_accumulation"] == 128
-    changed = plan_of(path, **{"models.batch_size": 128} | change)  # as a file with that change is planned
-    assert next(other for other in changed.footprints if other.what == footprint.what).total == size
-    assert "answering takes" in text(plan) and "--set" in text(plan)
+    smallest, *_, largest = on_each_gpu(plan)
+    found = smallest.remedies()
+    assert [footprint.what for footprint, _, _ in found] == ["training", "answering"] and largest.remedies() == []
+    for footprint, change, size in found:
+        assert footprint.total > smallest.gpu.usable >= size
+        changed = plan_of(path, **{"models.batch_size": 128} | change)
+        assert next(other for other in changed.footprints if other.what == footprint.what).total == size
+    assert "training takes" in text(smallest) and "  all of these: --set" in text(smallest)
+    assert text(largest).endswith("every step fits on H100 80 GB")
 
 
 def test_training_that_does_not_fit_keeps_the_product_of_batch_and_accumulation():
@@ -353,7 +352,7 @@ def test_where_no_setting_helps_a_larger_gpu_is_named():
 def test_memory_and_time_grow_with_what_they_depend_on():
     params = load_params(NINE[0])
     plan = make_plan(params)
-    double = footprints(replaced(params, {"models.batch_size": 2 * params.models.batch_size}), plan.models, plan.texts)
+    double = footprints(params.changed({"models.batch_size": 2 * params.models.batch_size}), plan.models, plan.texts)
     for before, after in zip(plan.footprints, double, strict=True):
         assert (after.total > before.total) == (before.setting == "models.batch_size")
     by_gpu = hours_by_gpu(params)
