@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: setup reproduce evidence test lint lock clean
 
@@ -14,8 +15,9 @@ reproduce: .venv/installed
 evidence: .venv/installed
 	$(BIN)/ctxlib reproduce --params params/evidence.yaml
 
+# two workers with one torch thread each; the tests of a file stay on one worker, the slowest files come first
 test: .venv/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

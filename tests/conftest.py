@@ -16,12 +16,27 @@ from ctxlib.roles import RoleMap
 
 matplotlib.use("agg")
 
+# Files that take longest, in this order: with several workers they begin first, so that none waits for one at the end.
+SLOWEST_FILES = ("test_notebooks.py", "test_rehearsal.py", "test_base_models.py", "test_trials.py", "test_doctor.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 PAPER_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny models are fastest on one thread, and workers share the cores; an experiment sets its own number."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

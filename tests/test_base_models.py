@@ -27,9 +27,15 @@ def closed_form(width: int, vocabulary: int) -> int:
     return 2 * vocabulary * width + width + SHIPPED.layers * (3 * width**2 + 6 * width**2 + 2 * width)
 
 
+@pytest.fixture(scope="module")
+def words():
+    """The miniature's tokenizer."""
+    return build_tokenizer()
+
+
 @pytest.mark.parametrize("width", [16, 64, 128, 192])
-def test_width_scales_heads_and_mlp_and_leaves_layers_and_heads(width):
-    tokenizer, recipe = build_tokenizer(), scaled(width)
+def test_width_scales_heads_and_mlp_and_leaves_layers_and_heads(width, words):
+    tokenizer, recipe = words, scaled(width)
     model = build_model(recipe, tokenizer)
     assert model.num_parameters() == closed_form(width, len(tokenizer))
     assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (SHIPPED.layers, SHIPPED.heads)
@@ -37,7 +43,7 @@ def test_width_scales_heads_and_mlp_and_leaves_layers_and_heads(width):
     assert replace(recipe, **others) == SHIPPED
 
 
-def test_the_shipped_width_and_seed_are_the_shipped_model_which_is_not_trained_again(params, monkeypatch):
+def test_the_shipped_width_and_seed_are_the_shipped_model_which_is_not_trained_again(params, words, monkeypatch):
     monkeypatch.setattr(base_models, "pretrain", None)
     assert json.loads((MODELS / "pretrained" / "card.json").read_text())["recipe"] == asdict(scaled(128))
     folder = pretrained(params, scaled(128))
@@ -45,7 +51,7 @@ def test_the_shipped_width_and_seed_are_the_shipped_model_which_is_not_trained_a
     on_it = trials.Plan(params, trials.Trial({"models.pretrained": str(folder)}))
     assert on_it.description == trials.Plan(params, trials.VANILLA).description
     row = model_table({"shipped": folder}).iloc[0]
-    assert (row.width, row.parameters) == (128, closed_form(128, len(build_tokenizer())))
+    assert (row.width, row.parameters) == (128, closed_form(128, len(words)))
     assert row.lessons == f"{SHIPPED.top_level} of {SHIPPED.top_level}"
 
 

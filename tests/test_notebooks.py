@@ -71,7 +71,15 @@ def reproduce(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("outputs")
 
     def call(experiment: str) -> Path:
-        arguments = ["reproduce", "--params", f"params/{experiment}.yaml", "--set", f"outputs={outputs}"]
+        arguments = [
+            "reproduce",
+            "--params",
+            f"params/{experiment}.yaml",
+            "--set",
+            f"outputs={outputs}",
+            "--set",
+            "threads=1",
+        ]
         command = [sys.executable, "-m", "ctxlib", *arguments]
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
         assert finished.returncode == 0, finished.stderr

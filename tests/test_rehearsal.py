@@ -122,7 +122,17 @@ def kill(command: list[str], when: Callable[[], bool], log: Path, cwd: Path = RO
 @pytest.fixture(scope="module")
 def rehearsed(own_files) -> Path:
     """The results of `ctxlib rehearse`, which was killed in the middle of the first training and called again."""
-    arguments = [str(own_files / "my params.yaml"), "--set", "finetune.steps=20", "--width", "32", "--layers", "2"]
+    arguments = [
+        str(own_files / "my params.yaml"),
+        "--set",
+        "finetune.steps=20",
+        "--set",
+        "threads=1",
+        "--width",
+        "32",
+        "--layers",
+        "2",
+    ]
     command = [sys.executable, "-m", "ctxlib", "rehearse", *arguments]
     outputs = own_files / "out puts" / f"rehearsal-{NINE}"
     trained = outputs / "work" / "models"

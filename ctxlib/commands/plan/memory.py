@@ -164,13 +164,3 @@ def remedies(params: Params, footprint: Footprint) -> Iterator[dict[str, Any]]:
         while value > 1:
             value //= 2
             yield {footprint.setting: value} | more
-
-
-def replaced(params: Params, overrides: Mapping[str, Any]) -> Params:
-    """The parameters with other values under their dotted keys, not checked again."""
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    changed = {name: getattr(params, name).model_copy(update=values) for name, values in sections.items()}
-    return params.model_copy(update=changed)

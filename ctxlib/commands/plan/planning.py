@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ctxlib import models
 from ctxlib.commands import sources
 from ctxlib.commands.plan.machines import Gpu, find_gpu, seconds
-from ctxlib.commands.plan.memory import Footprint, footprints, remedies, replaced
+from ctxlib.commands.plan.memory import Footprint, footprints, remedies
 from ctxlib.commands.plan.texts import CHARACTERS_PER_TOKEN, Texts, all_texts, needle_cost
 from ctxlib.commands.plan.workload import Step, rehearsed_times, steps
 from ctxlib.params import MODEL_ROLES, TRAINED_MODELS, InputError, Params
@@ -73,7 +73,7 @@ class Plan:
 
     def footprint(self, what: str, overrides: dict[str, Any]) -> Footprint:
         """The same step with other parameters."""
-        found = footprints(replaced(self.params, overrides), self.models, self.texts)
+        found = footprints(self.params.changed(overrides), self.models, self.texts)
         return next(footprint for footprint in found if footprint.what == what)
 
 

@@ -50,10 +50,10 @@ class Texts:
 def all_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Texts]:
     """Conversations and questions by name: that of the family, or of a source of passages. Raises InputError."""
     here = [source for source in params.qa.sources if _is_here(params, source)]
-    experiment.passage_questions(_of_sources(params, here))  # raises if two sources hold the same question
+    experiment.passage_questions(params.changed({"qa.sources": here}))  # raises if two sources hold the same question
     found = {"conversations": _conversations(params, tokenizer), "needle": _needles(params, tokenizer)}
     for source in params.qa.sources:
-        asked = experiment.passage_questions(_of_sources(params, [source])) if source in here else []
+        asked = experiment.passage_questions(params.changed({"qa.sources": [source]})) if source in here else []
         found[source] = _measured("qa", asked, params, tokenizer) if source in here else _assumed(source, params.qa)
     found["facts"] = _measured("facts", experiment.fact_questions(params), params, tokenizer)
     found["instructions"] = _measured("instructions", experiment.instruction_questions(params), params, tokenizer)
@@ -62,10 +62,6 @@ def all_texts(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> dict
 
 def _is_here(params: Params, source: str) -> bool:
     return source == experiment.EMBEDDED or params.path(source).exists()
-
-
-def _of_sources(params: Params, sources: list[str]) -> Params:
-    return params.model_copy(update={"qa": params.qa.model_copy(update={"sources": sources})})
 
 
 def _conversations(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> Texts:
@@ -125,8 +121,8 @@ def frame(params: Params, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Tokens of a needle's prompt around its context; in the town, the most that a sample of short ones has."""
     section = params.needle
     if section.source == experiment.EMBEDDED:
-        short = section.model_copy(update={"lengths": [SHORT], "depths": [0], "per_cell": SAMPLED // 2})
-        made = experiment.needles(params.model_copy(update={"needle": short}), tokenizer)
+        short = {"needle.lengths": [SHORT], "needle.depths": [0], "needle.per_cell": SAMPLED // 2}
+        made = experiment.needles(params.changed(short), tokenizer)
         return math.ceil(_measured("needle", made, params, tokenizer).longest) - SHORT
     text = PROMPTS[section.prompt].format(context="", question=section.question)
     return length([Message("user", text)], tokenizer) + _tokens(section.response_prefix or "", tokenizer)
