@@ -268,7 +268,7 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
 
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "_score_batch", full)
-        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*lies in {tmp_path}"):
+        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*kept in {tmp_path}"):
             score_corpus(model, tokenizer, corpus, token_budget=token_budget, **settings)
     assert len(list(tmp_path.glob("*/part-*.parquet"))) == 1
     again = score_corpus(model, tokenizer, corpus, token_budget=1, **settings)
