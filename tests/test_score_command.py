@@ -475,7 +475,7 @@ def test_marks_are_only_made_from_the_data_that_were_scored(score, ctxlib, data,
     assert "not the data that" in errors and "bring these back, or score the new data" in errors
     with (scores / "scores.parquet").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(InputError, match=r"scores\.parquet is not the file that scores\.json tells of"):
+    with pytest.raises(InputError, match=r"scores\.parquet is not the file that scores\.json describes"):
         read_scores(scores)
     (scores / "scores.json").write_text("{}")
     with pytest.raises(InputError, match="not a manifest of scores"):
