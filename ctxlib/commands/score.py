@@ -353,9 +353,8 @@ def mark_data(
     settings = settings.changed(data=data or settings.data)
     place = locate(settings.data)
     if place == "nowhere":
-        raise InputError(
-            nowhere(settings.data, f"it holds the data that {folder} has scores of: name its new place (data)")
-        )
+        remedy = f"{folder} holds the scores of these data: give their new place (data)"
+        raise InputError(nowhere(settings.data, remedy))
     changed = f"{settings.data}: not the data that {folder} holds scores of; bring these back, or score the new data"
     if sorted(_file_digests(settings.data).values()) != sorted(manifest["data_sha256"].values()):
         raise InputError(changed)
