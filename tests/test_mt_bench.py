@@ -339,13 +339,14 @@ def test_two_turns_that_may_not_fit_are_refused_before_the_first_and_the_remedy_
     calls = []
     forward = model.forward
     model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    subject = Subject("tiny", model, tokenizer, "tiny")
     with pytest.raises(InputError, match=r"question 111: .* window of 512; lower max_new_tokens to (\d+)") as caught:
-        answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, **{**DECODING, "max_new_tokens": 300})
+        answer_turns(subject, bench, **{**DECODING, "max_new_tokens": 300})
     assert not calls
     most = int(str(caught.value).rsplit(" ", 1)[1])
-    mt_bench.answers._check_window(model, tokenizer, bench, most, "standard", None)
+    mt_bench.answers._check_window(subject, bench, most, "standard", None)
     with pytest.raises(InputError):
-        mt_bench.answers._check_window(model, tokenizer, bench, most + 1, "standard", None)
+        mt_bench.answers._check_window(subject, bench, most + 1, "standard", None)
 
 
 # the judge
