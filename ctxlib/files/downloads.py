@@ -15,9 +15,15 @@ AGAIN = "fetch it again"
 
 
 def check_is_itself(path: Path) -> None:
-    """Raises InputError where a Git-LFS pointer or a web page lies in the place of a file; a file may be absent."""
-    if not path.is_file():
+    """Raises InputError for a Git-LFS pointer, a web page, a folder, pipe or device in place of a file.
+
+    The file may be absent. Nothing but a regular file is opened: reading a pipe or a device may never end.
+    """
+    if not path.exists():
         return
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe, socket or device"
+        raise InputError(f"{path}: not a regular file but {what}; name a file")
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):

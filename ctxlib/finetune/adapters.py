@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ctxlib.files import disk_space
 from ctxlib.models import is_adapter, load_model, load_tokenizer
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a Llama
 
@@ -77,7 +77,7 @@ def export_merged(adapter: str | Path, out_dir: str | Path, *, dtype: str = "flo
     differs from the trained one by the quantisation error.
     Raises InputError if there is no adapter, or `out_dir` exists already.
     """
-    out_dir = Path(out_dir).expanduser()
+    out_dir = expanded(out_dir)
     if not is_adapter(adapter):
         raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
     if out_dir.exists():

@@ -47,7 +47,7 @@ from ctxlib.models import (
     require_chat_template,
     set_indicator_row,
 )
-from ctxlib.params import Finetune, InputError
+from ctxlib.params import Finetune, InputError, expanded
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 LOG_EVERY = 10
@@ -117,7 +117,7 @@ def finetune(
     )
     if console is not None and processes.is_main_process:
         audit(tokenizer, examples, counts, console, indicator_id)
-    out_dir = Path(out_dir).expanduser()
+    out_dir = expanded(out_dir)
     config_hash = _config_hash(model_hash(model_path, revision=revision), tokenizer, examples, recorded)
     if (finished := _finished_log(out_dir, config_hash)) is not None:
         return finished
