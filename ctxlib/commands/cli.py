@@ -4,6 +4,7 @@ Options, defaults, choices and help texts are those of the sections of a params 
 `ctxlib.commands.settings`. A command imports what it needs only when it runs.
 """
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -306,9 +307,12 @@ def main() -> None:
         _discard_output()
         status = 128 + 13  # as a shell reports SIGPIPE
     except OSError as error:
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.filename is None and not is_full:
+            raise
         _discard_output()
-        what = error.filename or "standard output"
-        print(f"{what}: {error.strerror}; make room there, or correct the path", file=sys.stderr)
+        what, remedy = (error.filename, "correct it, or its permissions") if not is_full else ("output", "make room")
+        print(f"{what}: {error.strerror}; {remedy}", file=sys.stderr)
         status = 2
     raise SystemExit(status)
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ctxlib.files import check_writable, make_folder
 from ctxlib.params import InputError, NotebookError, Params, load_params
 
 # `ctxlib run` writes the line about bad input to the file of this name for the `ctxlib reproduce` that started it, and
@@ -37,6 +36,11 @@ def reproduce(params_file: Path, overrides: dict[str, Any]) -> int:
     Raises InputError for bad parameters or inputs, here or in a notebook, for a folder that cannot be written, and if a
     reproduction is running already; NotebookError if snakemake fails before or between notebooks.
     """
+    from ctxlib.files import (  # takes a second to import, and the command line needs this room
+        check_writable,
+        make_folder,
+    )
+
     params = load_params(params_file, overrides)
     params.check_inputs()
     snakefile = _snakefile(params)
@@ -95,7 +99,7 @@ def temporary_files(folder: Path) -> Iterator[Path]:
     It is emptied first, of what a killed run left there, and removed at the end.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    make_folder(folder)
+    folder.mkdir(parents=True)
     before = {name: os.environ.get(name) for name in ("TMPDIR", "JUPYTER_RUNTIME_DIR")}
     os.environ |= dict.fromkeys(before, str(folder.resolve()))
     tempfile.tempdir = None  # asks the environment again

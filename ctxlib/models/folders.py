@@ -10,6 +10,8 @@ from ctxlib.params import InputError, expanded, locate, nowhere
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
+BASE_FROM_HERE = "base_from_here"  # key of finetune.json: the base as seen from the adapter
+
 
 def is_local(path: str | Path) -> bool:
     """False for a hub id, see `locate`; True for everything on this machine, and for paths that do not exist."""
@@ -51,7 +53,7 @@ def _base_of(adapter: str | Path) -> tuple[str, str | None]:
     config = _adapter_config(adapter)
     base = config["base_model_name_or_path"]
     if is_local(base) and not expanded(base).exists():
-        moved = _record(adapter).get("base_from_here")
+        moved = _record(adapter).get(BASE_FROM_HERE)
         if isinstance(moved, str) and (expanded(adapter) / moved / "config.json").is_file():
             return str((expanded(adapter) / moved).resolve()), None
         raise InputError(
@@ -174,6 +176,10 @@ def model_hash(path: str | Path, *, revision: str | None = None) -> str:
             config = {key: value for key, value in _adapter_config(path).items() if key != "base_model_name_or_path"}
             digest.update(json.dumps(config, sort_keys=True).encode())
             digest.update(model_hash(base, revision=revision).encode())
+        elif file.name == "finetune.json" and BASE_FROM_HERE in (record := read_json_object(file)):
+            # where the base lies is no content; the rest as it is written without it
+            del record[BASE_FROM_HERE]
+            digest.update(hashlib.sha256(f"{json.dumps(record, indent=2, sort_keys=True)}\n".encode()).digest())
         else:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
