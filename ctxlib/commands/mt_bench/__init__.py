@@ -112,6 +112,7 @@ def evaluate(
         "settings": settings,
         "corrected_references": list(bench.corrected),
         "files": {str(file): file_digest(file) for file in bench.files},
+        "asked": ratings.attrs["asked"],
         "spent": {name: None if math.isnan(value) else value for name, value in taken.items()},
         "versions": {name: version(name) for name in ("ctxlib", "torch", "transformers", "openai")}
         | {"python": platform.python_version()},
