@@ -148,7 +148,7 @@ class _Asking:
     """The parameters of a request, as this judge's server takes them; several threads ask at once.
 
     Newer hosted models take `max_completion_tokens` instead of `max_tokens`, or only their own temperature. A parameter
-    that a refusal names is sent under its other name, or left out, once; once accepted, that is how all others are sent.
+    that a refusal names is sent under its other name, or left out, once; once accepted, all others are sent so.
     """
 
     def __init__(self, client: Any, judge: Judge) -> None:
