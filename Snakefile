@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from ctxlib.params import load_params
-from ctxlib.results import short_path
 
 STORY = {
     "00_the_miniature": [],
@@ -38,7 +37,7 @@ if experiment.trains("instruct"):
     STORY["01_attention_shift"] = ["03_indicator_sft"]
 NEEDS = EVIDENCE if experiment.evidence else STORY
 HOME = Path(os.path.relpath(workflow.basedir))  # of notebooks and code; the working directory may be another
-OUTPUTS = short_path(experiment, experiment.output_dir)
+OUTPUTS = experiment.output_dir
 # receipts are not committed: a fresh clone, which holds the committed outputs, runs everything once
 RECEIPT = f"{OUTPUTS}/work/receipts/{{notebook}}.json"
 
