@@ -7,7 +7,7 @@ Options, defaults, choices and help texts are those of the sections of a params 
 import errno
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +28,7 @@ from ctxlib.commands.options import (
     refuse_renamed,
     values,
 )
-from ctxlib.commands.reproduce import INPUT_ERROR_FILE, end_with_leader
+from ctxlib.commands.reproduce import INPUT_ERROR_FILE, LEADER, end_with_leader, temporary_files
 from ctxlib.commands.reproduce import reproduce as run_all
 from ctxlib.commands.settings import Answering, Judge, ScoredRows, ScoreRun
 from ctxlib.params import (
@@ -73,7 +73,11 @@ def run(
     from ctxlib.commands.run import run_notebook
 
     end_with_leader()
-    run_notebook(notebook, params, out, parse_overrides(overrides))
+    values_set = parse_overrides(overrides)
+    work = load_params(params, values_set).output_dir / "work"
+    # within `ctxlib reproduce` there is such a folder already
+    with nullcontext() if LEADER in os.environ else temporary_files(work / "tmp" / notebook.stem):
+        run_notebook(notebook, params, out, values_set)
 
 
 @app.command

@@ -96,20 +96,22 @@ def _check_names(params: Params, snakefile: Path) -> None:
 def temporary_files(folder: Path) -> Iterator[Path]:
     """Everything that this process and its children write into the temporary directory goes to `folder` in the block.
 
-    It is emptied first, of what a killed run left there, and removed at the end.
+    The remains of a killed run are removed from it first, and it is removed at the end.
     """
+    from ctxlib.files import folder_for_now
+
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     before = {name: os.environ.get(name) for name in ("TMPDIR", "JUPYTER_RUNTIME_DIR")}
-    os.environ |= dict.fromkeys(before, str(folder.resolve()))
-    tempfile.tempdir = None  # asks the environment again
-    try:
-        yield folder
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        tempfile.tempdir = None
-        shutil.rmtree(folder, ignore_errors=True)
+    with folder_for_now(folder):
+        os.environ |= dict.fromkeys(before, str(folder.resolve()))
+        tempfile.tempdir = None  # asks the environment again
+        try:
+            yield folder
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            tempfile.tempdir = None
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_with_leader() -> None:

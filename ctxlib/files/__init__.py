@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, files that were fetched, and hashes."""
 
-from ctxlib.files.atomic import JsonLines, check_writable, disk_space, make_folder, replacing, write
+from ctxlib.files.atomic import JsonLines, check_writable, disk_space, folder_for_now, make_folder, replacing, write
 from ctxlib.files.downloads import (
     AGAIN,
     check_is_itself,
@@ -22,6 +22,7 @@ __all__ = [
     "digest",
     "disk_space",
     "file_digest",
+    "folder_for_now",
     "hub_remedy",
     "make_folder",
     "one_line",

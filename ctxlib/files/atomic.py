@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,7 +68,7 @@ def _is_alive(pid: int) -> bool:
 
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it. Raises InputError if that is impossible, and nothing is left of it then."""
-    made = _absent(folder)
+    made = _absent(expanded(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,20 +79,29 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder}: no folder to write to ({why}); choose another") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raises InputError unless files can be written to a folder, before anything expensive; it need not exist yet.
-
-    A folder that had to be made for the trial is removed again.
-    """
-    made = _absent(folder)
+@contextmanager
+def folder_for_now(folder: Path) -> Iterator[None]:
+    """A folder that exists in the block; those that had to be made for it are removed at the end if they are empty."""
+    made = _absent(expanded(folder))
     make_folder(folder)
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder}: no folder to write to ({error.strerror}); choose another") from error
+        yield
     finally:
         _remove_empty(made)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError unless files can be written to a folder, before expensive work.
+
+    The folder need not exist; nothing is left of the trial.
+    """
+    try:
+        with folder_for_now(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileNotFoundError:
+        pass  # another process tried the same folder, and removed it: it can be written
+    except OSError as error:
+        raise InputError(f"{folder}: no folder to write to ({error.strerror}); choose another") from error
 
 
 def _absent(folder: Path) -> list[Path]:
