@@ -285,7 +285,7 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
         ([], {"data": bad}, "bad.jsonl, line 6: malformed JSON"),
         (drop, {"data": bad}, "bad.jsonl: 2 of 7 rows are bad (28.6%, at most 5.0% may be): line 6: malformed JSON"),
         ([], {"out": data}, "is where the data are; choose another folder"),
-        ([], {"out": data / "scores"}, "no folder to write the scores to"),
+        ([], {"out": data / "scores"}, "no folder to write to"),
         ([], {"data": tmp_path, "out": tmp_path}, "line 6"),
         ([*drop, "--max-bad-rows", "1"], {"data": tmp_path, "out": tmp_path}, "is where the data are"),
     ):
