@@ -39,6 +39,7 @@ from ctxlib.finetune.labels import (
     training_examples,
     training_order,
 )
+from ctxlib.finetune.loss import chunked_loss
 from ctxlib.models import (
     BASE_FROM_HERE,
     add_indicator_token,
@@ -83,7 +84,8 @@ def finetune(
         takes `batch_size * gradient_accumulation` conversations, times the number of processes under `accelerate
         launch` (the last step is filled up from the first conversations there). `group_by_length` puts conversations of
         similar length into one batch, the batches themselves in random order. `packing` lays a batch out as one row
-        without padding (`labels.pack`); the loss is the same up to rounding. `gradient_checkpointing` computes
+        without padding (`labels.pack`); the loss is the same up to rounding; None: only on CUDA, and only if the model
+        keeps packed conversations apart (`labels.packs_exactly`). `gradient_checkpointing` computes
         activations twice to store fewer; None: only on CUDA, where the optimiser also pages its states and the
         arithmetic is bfloat16.
     indicator: if given, user messages with `indicated=True` end in that token, which is added to a copy of the
@@ -114,7 +116,10 @@ def finetune(
     # every value that can change the result: so not how often a checkpoint is written, nor what saves memory
     recorded = settings.model_dump(exclude={"save_every", "gradient_checkpointing"})
     recorded |= {"indicator": indicator, "freeze_indicator": freeze_indicator, "max_length": max_length, "seed": seed}
-    recorded |= {"processes": processes.num_processes}
+    recorded |= {
+        "processes": processes.num_processes,
+        "packing": settings.packing or (settings.packing is None and cuda),
+    }
     tokenizer, n_tokens = deepcopy(tokenizer), len(tokenizer)
     indicator_id = None if indicator is None else add_indicator_token(tokenizer, indicator)
     examples, counts = training_examples(
@@ -160,8 +165,10 @@ def finetune(
         )
     shortest = sorted(examples, key=lambda example: len(example.input_ids))[:2]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    if settings.packing and not packs_exactly(model, shortest, tolerance):
+    packing = recorded["packing"] and packs_exactly(model, shortest, tolerance)
+    if settings.packing and not packing:
         raise InputError(f"{model_path}: this model mixes conversations that are packed into one row; packing: false")
+    settings = settings.model_copy(update={"packing": packing})
     frozen = []
     if settings.method != "full":
         lora = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
@@ -273,7 +280,13 @@ def train(trainer: Trainer) -> None:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic or not torch.cuda.is_available())
     try:
-        with disk_space(work_dir), memory_advice(_LESS_MEMORY, work_dir):
+        rows = trainer.train_dataset
+        most_tokens = trainer.args.per_device_train_batch_size * max(len(row.input_ids) for row in rows)
+        with (
+            disk_space(work_dir),
+            memory_advice(_LESS_MEMORY, work_dir),
+            chunked_loss(trainer.model, most_tokens, rows[0]),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
             _check_weights_are_finite(trainer.model, trainer.state.global_step)
     finally:

@@ -129,7 +129,9 @@ class Finetune(Section):
     lora_dropout: Fraction = Field(0.05, lt=1, description="On the adapter's input.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     group_by_length: bool = Field(True, description="Batch conversations of similar length.")
-    packing: bool = Field(False, description="A batch in one row, without padding; same loss up to rounding.")
+    packing: bool | None = Field(
+        None, description="A batch in one row, without padding; same loss up to rounding; by default on CUDA."
+    )
     gradient_checkpointing: bool | None = Field(None, description="Slower, in less memory; by default on CUDA.")
     save_every: Count = Field(100, description="Steps per checkpoint, from which an interrupted run resumes.")
 
