@@ -119,7 +119,7 @@ def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Q
     if section.source == EMBEDDED:
         return texts.needles(Town(), **cells)
     return needle.text_needles(
-        needle.read_haystack(params.path(section.haystack)),
+        needle.read_haystack(params.path(section.haystack), section.variant),
         loaded_tokenizer,
         needle=section.needle,
         question=section.question,

@@ -5,7 +5,11 @@ $$s_M(Y_m) = \frac{1}{|Y_m|} \sum_{y \in Y_m} \max_{h} \sum_{x \in X_1 \cup \dot
 Two variants. `standard` is the formula as printed: every user token is a key, the answer is its content.
 `authors_code` computes the same as the authors' script: the text of a system message counts as the user's, tokens that
 are only newlines or special do not, the answer includes the end-of-sequence and newline tokens that close it, and
-conversations end at 2047 tokens. In both, an answer that does not fit into the length is counted and not scored.
+conversations end at 2047 tokens. A sentencepiece tokenizer such as TinyLlama's writes a lone "▁" after every `</s>`;
+their script counts it as the user's before an answer and as part of the answer behind one.
+
+In both variants an answer that does not fit into the length is skipped and counted. There the script differs: it scores
+the part of an answer that fits, and drops some whole answers of a conversation that it cuts.
 
 Reference: Wang et al. 2024, section 3.1; official script `process_dataset.py`.
 """
@@ -73,7 +77,9 @@ def score_corpus(
 
     Columns: conversation, turn (from 1), layer (from 0), score in [0, 1], user_tokens (of this turn's user message),
     answer_tokens, context_tokens (all tokens before the answer), variant, seed_model. Turns that could not be scored
-    have no row; `frame.attrs["skipped"]` counts them by reason.
+    have no row; `frame.attrs["skipped"]` counts them by reason. An answer cut off by `max_length` is skipped in both
+    variants; the official script scores what is left of it, and drops some whole answers. That changes which turns have
+    a score, not the scores themselves.
 
     settings: the section `scoring` of the parameters, of which `variant`, `head_reduction` and `token_budget` are used.
         The budget is the number of tokens in one batch, padding included; a longer conversation makes a batch of its
@@ -313,19 +319,26 @@ def _encode(tokenizer, conversation: Conversation, variant: Variant, max_length:
 def _as_the_authors_code(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
     """The map with the user's tokens as the official script counts them, and which tokens may close an answer.
 
-    token     <s>  Be  brief  <|user|>  Hi  \\n\\n  </s>  It  is  0  </s>  \\n
-    role      b    s   s      t         u   u     t     a   a   a  t     t
-    becomes   b    u   u      t         u   t     t     a   a   a  t     t      system is user, newlines are not
-    closing   .    .   .      .         .   .     x     .   .   .  x     x      extends the answer if it follows it
+    token     <s>  Be  brief  <|user|>  Hi  \\n\\n  </s>  ▁  It  is  0  </s>  ▁  \\n
+    role      b    s   s      t         u   u     t     t  a   a   a  t     t  t
+    becomes   b    u   u      t         u   t     t     u  a   a   a  t     t  t     system is user, newlines are not
+    closing   .    .   .      .         .   .     x     .  .   .   .  x     x  x     extends the answer if it follows it
     """
     # Two changes, made on the roles so that the rest of the scoring is the same for both variants: which keys count as
     # the user's, and which template tokens may close an answer. Only closing tokens directly behind an answer extend it
-    # (`_encode`); the others have no effect.
+    # (`_encode`); the others have no effect. The lone "▁" that a sentencepiece tokenizer puts in front of text behind a
+    # special token is not in the script's list of ids to leave out, so it belongs to whoever spoke last.
     newline = torch.tensor([_is_newlines(tokenizer, token_id) for token_id in role_of.ids.tolist()])
     special = torch.isin(role_of.ids, torch.tensor(tokenizer.all_special_ids))
     roles = role_of.roles.clone()
+    lone_space = (roles == Role.TEMPLATE) & (role_of.ids == tokenizer.get_vocab().get("▁", -1))
+    said = (roles != Role.TEMPLATE) & (roles != Role.BOS)
+    last_said = torch.where(said, torch.arange(len(roles)), -1).cummax(0).values
+    after_answer = (last_said >= 0) & (roles[last_said] == Role.ASSISTANT)
     closing = (roles == Role.TEMPLATE) & (newline | (role_of.ids == tokenizer.eos_token_id))
+    closing |= lone_space & after_answer
     roles[roles == Role.SYSTEM] = Role.USER
+    roles[lone_space & ~after_answer] = Role.USER
     roles[(roles == Role.USER) & (newline | special)] = Role.TEMPLATE
     return replace(role_of, roles=roles), closing
 

@@ -16,7 +16,7 @@ from ctxlib.allocation import (
     role_shift,
 )
 from ctxlib.params import InputError
-from ctxlib.roles import ROLES, Groups, RoleMap
+from ctxlib.roles import ROLES, Groups, Role, RoleMap
 
 
 def random_maps(lengths, seed=0):
@@ -106,9 +106,11 @@ def test_steering_moves_the_first_layer_by_the_formula(model: PreTrainedModel):
 
 def test_paper_reading_steers_the_second_layer_harder(model: PreTrainedModel):
     options = {"batch_size": 2, "pad_token_id": 0, "steering_alpha": 0.5}
-    clean, paper = (
-        attention_allocation(model, random_maps([12, 7]), variant=r, **options) for r in ("standard", "authors_code")
-    )
+    maps = random_maps([12, 7])
+    for one in maps:  # the user's text is the end: there is no further token that theirs would keep
+        one.roles[:] = one.roles.where(one.roles != Role.USER, Role.TEMPLATE)
+        one.roles[-3:] = Role.USER
+    clean, paper = (attention_allocation(model, maps, variant=r, **options) for r in ("standard", "authors_code"))
     user = [frame[frame.role == "user"].groupby("layer").attention_allocation.mean() for frame in (clean, paper)]
     assert user[1][0] == pytest.approx(user[0][0])
     assert user[1][1] > user[0][1]

@@ -192,6 +192,14 @@ def real(tensor, mask):
     return tensor[mask.bool()]
 
 
+def with_the_next(keep):
+    """The span of the authors' code: each kept token, and the one behind it."""
+    wider = keep.clone()
+    for row, pos in keep[:, :-1].nonzero().tolist():
+        wider[row, pos + 1] = True
+    return wider
+
+
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
@@ -570,10 +578,10 @@ def test_steering_without_a_mask_stays_causal(attention):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_paper_reading_compounds_over_the_layers():
+def test_the_authors_variant_compounds_over_layers_and_keeps_one_token_more():
     model = llama()
     ids, roles, mask = batch("left")
-    expected = reweighted_logits(model, ids, mask, roles == 2, [0.8, 0.8**2, 0.8**3])
+    expected = reweighted_logits(model, ids, mask, with_the_next(roles == 2), [0.8, 0.8**2, 0.8**3])
     found = logits_of(model, ids, mask, steer_attention(model, roles == 2, 0.8, variant="authors_code"))
     torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-5, rtol=1e-4)
 
@@ -609,8 +617,9 @@ def test_alpha_zero_leaves_no_attention_where_a_key_to_keep_is_seen(dtype):
     model = llama().to(dtype)
     ids, roles, mask = batch()
     for variant in ("standard", "authors_code"):
+        kept = with_the_next(roles != 2) if variant == "authors_code" else roles != 2
         with steer_attention(model, roles != 2, 0, variant=variant):
-            forbidden = recorded(model, ids, roles, mask, rows="all")[..., 2]
+            forbidden = recorded(model, ids, roles.where((roles != 2) | ~kept, 3), mask, rows="all")[..., 2]
         seen = ((roles != 2) & (roles >= 0)).cumsum(dim=1) > 0
         assert (forbidden.transpose(2, 3)[:, seen] == 0).all()
 
@@ -688,6 +697,7 @@ def test_steered_generation_is_the_greedy_loop_with_full_recompute(variant, stee
         options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
         out = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
     generated_kept = variant == "authors_code" or steer_generated is False
+    keep = with_the_next(keep) if variant == "authors_code" else keep
     for step in range(6):
         logits = reweighted_logits(model, ids, mask, keep, weights)[:, -1]
         torch.testing.assert_close(out.logits[step], logits, atol=3e-5, rtol=1e-4)

@@ -152,6 +152,20 @@ def test_the_latest_twins_are_remembered_only():
     assert len(ctxlib.roles.encoding._made[tokenizer]) <= 2 * ctxlib.roles.encoding._REMEMBERED
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "spans"),
+    [
+        ("77", ["▁", "7", "7"], [[-1, -1], [0, 1], [1, 2]]),
+        (" 7", ["▁▁", "7"], [[0, 1], [1, 2]]),  # it holds the user's own space
+        ("a 7", ["▁a", "▁", "7"], [[0, 1], [1, 2], [2, 3]]),
+    ],
+)
+def test_a_space_put_in_front_of_a_text_alone_is_not_its_authors(text, tokens, spans):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=with_byte_fallback())
+    ids, chars = encode(tokenizer, Rendering(text, np.arange(len(text))))
+    assert (tokenizer.convert_ids_to_tokens(ids), chars.tolist()) == (tokens, spans)
+
+
 def test_a_text_full_of_noncharacters_is_refused(tokenizer):
     text = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(InputError, match="noncharacters"):

@@ -78,6 +78,7 @@ def test_needle_recall_of_the_paper_is_exact_word_equality():
     assert metrics.needle_recall("", keywords) == 0
     assert metrics.needle_recall("sunny-day", keywords) == pytest.approx(2 / 7)
     assert metrics.needle_recall("a sunny\tday", keywords) == 0  # only spaces and newlines part words
+    assert metrics.needle_recall("sit\t", keywords) == pytest.approx(1 / 7)  # at a word's edges a tab is stripped
     with pytest.raises(InputError, match="keyword"):
         metrics.needle_recall("x", [])
 
@@ -249,7 +250,8 @@ def test_drop_pairs_spans_and_asks_for_the_same_numbers(answer, annotations, exa
         ("a 3-yard run", [["3"]], 1, 1),
         ("3\nyards", [["3.0"]], 0, 1),
         ("1000", [["1,000"]], 0, 1),
-        ("Red", [["red"]], 0, 1),
+        ("Red", [["red"]], 1, 1),
+        ("the packers", [["Packers"]], 1, 1),
         ("red", [["red", "blue"]], 1, 0),  # one span of two
         ("blue and red", [["red", "blue"]], 1, 1),
         ("99", [["3"], ["99"]], 0, 1),  # the second annotator's
@@ -262,6 +264,22 @@ def test_drop_containment_of_the_paper_takes_any_piece_of_the_first_annotator(
 ):
     assert metrics.drop_containment(answer, annotations, variant="authors_code") == authors_code
     assert metrics.drop_containment(answer, annotations) == standard
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "authors_code", "standard"),
+    [
+        ("in 1990", ["CANNOTANSWER", "in 1,990"], 1, 0),  # half of them found no answer
+        ("cannotanswer", ["CANNOTANSWER", "1990"], 1, 1),
+        ("cannotanswer", ["CANNOTANSWER", "1990", "1990"], 1, 0),
+        ("nothing of it", ["the"], 1, 0),  # nothing is left of it, which is in every text
+        ("13", ["3"], 1, 0),
+        ("three", ["3", "four"], 0, 0),
+    ],
+)
+def test_quac_containment_of_the_authors_takes_every_annotators_text(answer, references, authors_code, standard):
+    assert metrics.quac_containment(answer, references, variant="authors_code") == authors_code
+    assert metrics.quac_containment(answer, references) == standard
 
 
 def test_the_authors_generation_stopped_at_a_full_stop_and_a_space():

@@ -9,6 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctxlib.models import (
@@ -63,6 +64,25 @@ def test_saved_model_and_tokenizer_come_back_unchanged(model, tokenizer, model_f
     assert not loaded.training
     assert torch.equal(logits(loaded), logits(model))
     assert load_tokenizer(model_folder).encode("a question") == tokenizer.encode("a question")
+
+
+def test_the_pipeline_of_the_file_is_kept_where_the_loader_rebuilds_another(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "x"]
+    vocab = {piece: n for n, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in pieces[:3]])
+    made.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    texts = ["a x</s>\nx a</s>\n", "</s>\n<|user|>\nA </s>\n", "x", " a", "a  x"]
+    expected = [made.encode(text, add_special_tokens=False).ids for text in texts]
+    loaded = load_tokenizer(tmp_path)
+    assert [loaded(text, add_special_tokens=False).input_ids for text in texts] == expected
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert [again(text, add_special_tokens=False).input_ids for text in texts] == expected
 
 
 def test_padding_token_costs_no_row(tokenizer, model_folder):

@@ -114,6 +114,15 @@ def test_a_haystack_is_read_in_the_order_of_names_and_without_newlines(haystack)
     assert read_haystack(haystack) == SENTENCES
 
 
+def test_the_authors_haystack_keeps_double_spaces_and_loses_a_last_character(tmp_path):
+    texts = ["One.  Two!\nThree\n\nand four.\n", "Five.\nSix"]  # the second has no final newline
+    for name, text in zip("ab", texts, strict=True):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    theirs = "One.  Two! Three  and four. Five. Si "
+    assert " ".join(read_haystack(tmp_path, "authors_code")) == theirs
+    assert " ".join(read_haystack(tmp_path)) == "One. Two! Three and four. Five. Six"
+
+
 def test_a_context_is_never_longer_than_reported_and_at_most_one_sentence_shorter(haystack, tokenizer):
     sentence = max(n_tokens(tokenizer, f" {s}") for s in SENTENCES)
     questions = ask(read_haystack(haystack), tokenizer, lengths=[300, 400])
@@ -294,7 +303,8 @@ def test_an_experiment_asks_text_needles_in_its_reading_and_reads_shared_text_on
         {"needle": {"source": "text", "variant": variant, **about, **cells}, "outputs": str(tmp_path / "outputs")},
     )
     questions = experiment.needles(params, tokenizer)
-    assert questions == ask(SENTENCES, tokenizer, variant=variant, seed=params.seed, lengths=[250, 300], per_cell=1)
+    sentences = read_haystack(haystack, variant)
+    assert questions == ask(sentences, tokenizer, variant=variant, seed=params.seed, lengths=[250, 300], per_cell=1)
     read = []
     beginning = generate._Prefixes._read
     monkeypatch.setattr(generate._Prefixes, "_read", lambda self, ids: read.append(len(ids)) or beginning(self, ids))

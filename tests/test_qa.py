@@ -127,7 +127,8 @@ def test_quac_of_the_paper_is_the_first_question_behind_title_and_background(tmp
     assert (one.id, other.id) == ("C_1_q#0", "C_2_q#0")
     assert (one.kind, one.dialogue) == ("quac", "C_1")
     assert one.messages[0].content == (
-        "Title: Ada\nA countess. Ada wrote it.\nAnswer the question with pieces from the the above passage: Question 0?"
+        "Title: Ada\nA countess. Ada wrote it. \n"
+        "Answer the question with pieces from the the above passage: Question 0?"
     )
 
 

@@ -1,11 +1,13 @@
 """Context-dependency scores against a loop over the eager attention matrix; parts that are kept and found again."""
 
 import copy
+import string
 
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
@@ -90,6 +92,75 @@ def test_score_matches_brute_force_loop(model, eager, tokenizer, corpus, variant
     assert frame.score.between(0, 1).all() and set(frame.variant) == {variant}
     assert list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
     assert frame.equals(frame.sort_values(["turn", "layer"]).iloc[frame.sort_values(["turn", "layer"]).index.argsort()])
+
+
+@pytest.fixture(scope="module")
+def with_lone_spaces():
+    """A sentencepiece tokenizer as TinyLlama's: it writes a lone "▁" behind every `</s>`."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", *sorted(set(string.printable) - {" "}), "▁a", "▁<", "as"]
+    merges = [("▁", "a"), ("▁", "<"), ("a", "s")]
+    vocab = {piece: n for n, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in pieces[:3]])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n' + eos_token + '\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    )
+    return tokenizer
+
+
+def by_markers(tokenizer, messages):
+    """Ids, keys and rows by turn of the authors' masks: markers are found as ids, and all else is sorted by them."""
+    text = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in messages], tokenize=False)
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+    newline = tokenizer.get_vocab()["\n"]
+    speaker, of_token, at = "system", [], 0
+    markers = {
+        who: tokenizer(f"{before}<|{who}|>\n", add_special_tokens=False).input_ids[skipped:]
+        for who, before, skipped in (("system", "", 0), ("user", "\n", 2), ("assistant", "\n", 2))
+    }
+    while at < len(ids):
+        found = next((who for who, marker in markers.items() if ids[at : at + len(marker)] == marker), None)
+        speaker = found or speaker
+        length = len(markers[found]) if found else 1
+        of_token += ["marker" if found else speaker] * length
+        at += length
+    assert of_token.count("marker") == sum(len(markers[m.role]) for m in messages) + len(markers["system"])
+    left_out = {newline, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    keys = [n for n, who in enumerate(of_token) if who in ("system", "user") and ids[n] not in left_out]
+    rows, previous = [], None
+    for n, who in enumerate(of_token):
+        if who == "assistant":
+            rows += [[]] * (previous != "assistant")
+            rows[-1] = [*rows[-1], n]
+        previous = who
+    return ids, keys, rows
+
+
+def test_the_authors_script_counts_the_lone_space_behind_an_end_token(with_lone_spaces):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(with_lone_spaces), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.4,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    talk = conversation("x", "Who are you?\nSay", "I am Vicuna, a model.", "as ever", "And a not.")
+    frame = score_corpus(model, with_lone_spaces, corpus_of(talk), variant="authors_code", progress=False)
+    ids, keys, rows = by_markers(with_lone_spaces, talk.messages)
+    lone = [n for n, token in enumerate(ids) if token == with_lone_spaces.get_vocab()["▁"]]
+    assert set(lone) & set(keys) and all(set(lone) & set(of_turn) for of_turn in rows)
+    with torch.no_grad():
+        attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    for turn, layer, score in zip(frame.turn, frame.layer, frame.score, strict=True):
+        best = [
+            max(sum(float(head[y, x]) for x in keys if x <= y) for head in attentions[layer][0]) for y in rows[turn - 1]
+        ]
+        assert score == pytest.approx(sum(best) / len(best), abs=2e-6)
+    assert len(frame) == 4
 
 
 def test_rows_are_in_the_order_of_corpus_turn_layer(model, tokenizer, corpus):

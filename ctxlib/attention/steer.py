@@ -33,9 +33,10 @@ def steer_attention(
     which is $\log\alpha$ added to the scores of the other keys. `steering_alpha` in [0, 1]: 1 changes nothing, 0
     forbids the other keys and changes no query that sees no key to keep. The "standard" variant is the paper's text:
     the same alpha in every layer, generated tokens weighted down. The "authors_code" variant is what the official
-    script does: alpha^(l+1) in layer l, generated tokens left alone. `steer_generated` overrides the latter. `heads`,
-    pairs of layer and head, restrict the steering, and so do `queries`, positions of the prompt; the queries of
-    generated tokens are always steered. Works in the prompt's pass and in decoding.
+    script does: alpha^(l+1) in layer l, the token after each kept stretch kept as well (its span is one too long),
+    generated tokens left alone. `steer_generated` overrides the last. `heads`, pairs of layer and head, restrict the
+    steering, and so do `queries`, positions of the prompt; the queries of generated tokens are always steered. Works in
+    the prompt's pass and in decoding.
 
     Raises InputError as `record_allocation` does, and for models with soft-capped scores. Reference: Wang et al. 2024,
     section 2.3.
@@ -54,7 +55,7 @@ class _Steering:
             raise InputError(f"steering_alpha is {steering_alpha}; it must be in [0, 1], lower for more emphasis")
         if variant not in ("standard", "authors_code"):
             raise InputError(f"variant is {variant!r}; give 'standard' or 'authors_code'")
-        self.keep = keep
+        self.keep = keep | F.pad(keep, (1, -1)) if variant == "authors_code" else keep
         self.log_alpha = math.log(steering_alpha) if steering_alpha else _FORBIDDEN
         self.compounds = variant == "authors_code"
         self.heads = heads_table(model, heads).tolist()

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ctxlib.conversations.types import Conversation, Corpus, Message, no_rows
 from ctxlib.files import AGAIN, check_is_itself, hub_remedy, one_line, read_json, replacing
-from ctxlib.params import InputError, locate, nowhere
+from ctxlib.params import InputError, expanded, locate, nowhere
 
 FORMATS = {
     "messages": "messages",
@@ -118,7 +118,7 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
 
     Raises InputError for another suffix than .jsonl, .json or .parquet, and if the disk is full.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise InputError(f"{path}: expected the name of a .jsonl, .json or .parquet file")
     rows = [
@@ -152,7 +152,7 @@ def data_files(source: str | Path) -> list[Path]:
 
     Raises InputError if there are none.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         raise InputError(nowhere(source))
     kinds = ", ".join(_READERS)

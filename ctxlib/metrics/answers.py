@@ -54,14 +54,16 @@ def containment(answer: str, golds: Sequence[str], *, whole_words: bool = False)
 def needle_recall(answer: str, keywords: Sequence[str], *, variant: Variant = "authors_code") -> float:
     """Share of the keywords that the answer says, in [0, 1]; the paper's recall error is 1 minus it (section 2.1).
 
-    `authors_code` is the authors' rule: lower case, ASCII punctuation to spaces, split at spaces and newlines, exact
-    word equality. `standard` splits at everything that is no letter, digit or underscore in any script, and a keyword
-    of several words counts if these are adjacent. Raises InputError if there are no keywords.
+    `authors_code` is the authors' rule: lower case, ASCII punctuation to spaces, split at spaces and newlines alone (a
+    tab inside a word stays, at its edges it is stripped), exact word equality. `standard` splits at everything that is
+    no letter, digit or underscore in any script, and a keyword of several words counts if these are adjacent. Raises
+    InputError if there are no keywords.
     """
     if not keywords:
         raise InputError("needle_recall: no keywords; give every needle question at least one keyword")
     if variant == "authors_code":
-        words = set(re.split("[ \n]", re.sub(f"[{re.escape(string.punctuation)}]", " ", answer.lower())))
+        bare = re.sub(f"[{re.escape(string.punctuation)}]", " ", answer.lower())
+        words = {word.strip() for word in re.split("[ \n]", bare)}
         return sum(keyword.lower() in words for keyword in keywords) / len(keywords)
     said = _words(answer)
     return sum(_words(keyword) in said for keyword in keywords) / len(keywords)
@@ -197,13 +199,27 @@ def drop_containment(answer: str, annotations: Sequence[Sequence[str]], *, varia
     """1.0 if the answer says what an annotator found, else 0.0.
 
     `standard`: all spans of any annotator, as whole words, normalised as by the official script. `authors_code`: any
-    one span of the first annotator, as a raw substring, so that "3" is found in "13" (official script).
+    one span of the first annotator, as a substring in any case, so that "3" is found in "13" (official script).
     """
     if variant == "authors_code":
-        return float(any(span in answer for spans in annotations[:1] for span in spans))
+        said = answer.lower()
+        return float(any(span.lower() in said for spans in annotations[:1] for span in spans))
     said = f" {normalise_drop_span(' '.join(answer.split()))} "
     golds = [[normalise_drop_span(span) for span in spans] for spans in annotations]
     return float(any(spans and all(span and f" {span} " in said for span in spans) for spans in golds))
+
+
+def quac_containment(answer: str, references: Sequence[str], *, variant: Variant = "standard") -> float:
+    """1.0 if the answer says what an annotator of QuAC answered, else 0.0.
+
+    `standard`: the answers that count by the official script (`quac_references`), as whole words. `authors_code`: those
+    of every annotator, CANNOTANSWER included, as substrings; one of which normalising leaves nothing ("the") is
+    contained in any answer. Both normalise as the SQuAD script does.
+    """
+    if variant == "standard":
+        return containment(answer, quac_references(references), whole_words=True)
+    said = normalise_answer(answer)
+    return float(any(normalise_answer(reference) in said for reference in references))
 
 
 def until_stop(answer: str) -> str:
@@ -221,7 +237,7 @@ def score_answers(
     script, of which QuAC's has no exact match; where QuAC is among the questions, QUAC_METRICS and `dialogue` are
     further columns. There, `containment` asks in the `standard` variant for whole words, while in the `authors_code`
     variant the answer ends where the authors' generation stopped, and substrings count (`until_stop`,
-    `drop_containment`).
+    `quac_containment`, `drop_containment`).
 
     Raises InputError for an id without a question.
     """
@@ -257,7 +273,9 @@ def _gold_scores(answer: str, question: Question, variant: Variant) -> dict[str,
     contained = containment(answer, golds, whole_words=official and variant == "standard")
     match dataset:
         case "quac":
-            return {"containment": contained, **quac_scores(answer, [text for (text,) in annotations])}
+            references = [text for (text,) in annotations]
+            contained = quac_containment(answer, references, variant=variant)
+            return {"containment": contained, **quac_scores(answer, references)}
         case "drop":
             exact, f1 = drop_scores(answer, annotations)
             contained = drop_containment(answer, annotations, variant=variant)

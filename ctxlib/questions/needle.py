@@ -1,5 +1,6 @@
 """Needle in a haystack: a sentence or several that hold the answer, somewhere in a long text that does not matter."""
 
+import io
 import random
 import re
 from collections.abc import Sequence
@@ -63,14 +64,22 @@ def place_needles(sentences: Sequence[str], needles: Sequence[str], depths: Sequ
     return " ".join(pieces)
 
 
-def read_haystack(folder: Path) -> list[str]:
+def read_haystack(folder: Path, variant: Variant = "standard") -> list[str]:
     """All sentences of the folder's .txt files in the order of their names; newlines become spaces, as in the paper.
+
+    `standard`: single spaces throughout. `authors_code`: the text as the authors' code reads it, which joined by spaces
+    the sentences give again: double spaces and those of empty lines are kept, and the last character of every line is
+    taken for its newline, so that a file without a final newline loses its last character.
 
     Raises InputError where there is no text, and for a file that is not readable or something else than text.
     """
-    files = sorted(folder.glob("*.txt"))
-    text = " ".join(" ".join(read_text(file).split()) for file in files)
-    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
+    texts = [read_text(file) for file in sorted(folder.glob("*.txt"))]
+    if variant == "authors_code":
+        lines = (line for text in texts for line in io.StringIO(text, newline=None))
+        sentences = re.split(r"(?<=[.!?]) ", "".join(f"{line[:-1]} " for line in lines))
+    else:
+        sentences = re.split(r"(?<=[.!?])\s+", " ".join(" ".join(text.split()) for text in texts))
+    sentences = [sentence for sentence in sentences if sentence]
     if not sentences:
         raise InputError(f"needle.haystack: {folder} holds no .txt file with text; put the haystack's texts there")
     return sentences

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from ctxlib.conversations import Message, Question, hub_rows
 from ctxlib.files import read_json
 from ctxlib.metrics import CANNOTANSWER, quac_references
-from ctxlib.params import InputError, Variant, locate, nowhere
+from ctxlib.params import InputError, Variant, expanded, locate, nowhere
 
 PASSAGE_PROMPT = "{context}\nAnswer the question according to the above passage: {question}"
 PIECES_PROMPT = "{context}\nAnswer the question with pieces from the above passage: {question}"  # QuAC
-AUTHORS_PIECES_PROMPT = PIECES_PROMPT.replace("from the", "from the the")
+AUTHORS_PIECES_PROMPT = "{context} \nAnswer the question with pieces from the the above passage: {question}"
 PLAIN_PROMPT = "{context} {question}"
 _REMEDY = "give qa.sources an official JSON file of SQuAD, QuAC or DROP"
 
@@ -51,9 +51,9 @@ def load_questions(
     `prompt` is `instruction`, as for the paper's ShareGPT and WizardLM models, or `plain`, context and question only,
     as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters only for QuAC, whose passage follows
     title and background. `authors_code`: the first question of each dialogue, the final CANNOTANSWER taken from
-    the passage, the prompt with its doubled "the". `standard`: every question, after the earlier ones with their
-    answers as turns, and CANNOTANSWER kept as the piece to answer with if there is no answer; dialogues stay whole: as
-    many are drawn as fit into `n` questions.
+    the passage, the prompt with its doubled "the" and a space before its line break. `standard`: every question, after
+    the earlier ones with their answers as turns, and CANNOTANSWER kept as the piece to answer with if there is no
+    answer; dialogues stay whole: as many are drawn as fit into `n` questions.
 
     Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub dataset
     with too little information to score, and an `n` too small for one dialogue.
@@ -64,7 +64,7 @@ def load_questions(
     if place == "hub":
         units = list(_hub_units(str(source), split, variant))
     else:
-        units = list(_file_units(Path(source).expanduser(), variant))
+        units = list(_file_units(expanded(source), variant))
     asked = [one for unit in units for one in unit]
     if not asked:
         raise InputError(f"{source}: holds no question; {_REMEDY}")

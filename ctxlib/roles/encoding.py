@@ -60,13 +60,17 @@ def encode(
             tokens, offsets, original = encoding.ids, encoding.offsets, encoder.original_ids
             tokens = [original.get(token, token) for token in tokens] if original else tokens
         ids = np.array(tokens, dtype=np.int64)
-        flat = itertools.chain.from_iterable(offsets)  # many times faster than an array of pairs
-        starts, stops = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T
+        flat = itertools.chain.from_iterable(offsets)  # faster than an array of pairs
+        starts, stops = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T.copy()
         expected = np.array([encoder.ids[match.group()] for match in found], dtype=np.int64)
         recognised = np.append(ids, -1)[np.searchsorted(stops, heads, side="right")] == expected
         if recognised.all():
             break
         found = [match for match, is_token in zip(found, recognised, strict=True) if is_token]  # others stay text
+    # A lone "▁" that sentencepiece puts in front of text claims the first character, which is the next token's, and
+    # holds no content: "123" is "▁" at 0:1, "1" at 0:1, "2" at 1:2, "3" at 2:3.
+    put_in_front = (ids[:-1] == encoder.space) & (starts[1:] == starts[:-1])
+    stops[:-1][put_in_front] = starts[:-1][put_in_front]
     places = np.arange(len(origin))
     following = np.minimum.accumulate(np.where(origin >= 0, places, len(origin) - 1)[::-1])[::-1]
     preceding = np.maximum.accumulate(np.where(origin >= 0, places, -1))
@@ -101,6 +105,7 @@ class _Encoder:
     names: dict[str, str]
     ids: dict[str, int]
     original_ids: dict[int, int]  # of the tokens whose id differs in the twin
+    space: int  # the id of a lone "▁", or -1
 
 
 _made: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -141,7 +146,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, guard: tuple[str, str], control
     own_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in sorted(control)}
     names = {token: str(n).join(guard) for n, (token, own) in enumerate(own_ids.items()) if own is not None}
     if not tokenizer.is_fast:
-        return _Encoder(None, _any_of(names), names, own_ids, {})
+        return _Encoder(None, _any_of(names), names, own_ids, {}, -1)  # its pieces are placed without it
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = state["model"], tokenizer.backend_tokenizer.normalizer
@@ -166,7 +171,8 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, guard: tuple[str, str], control
             token["normalized"] = False  # the name would not survive
     twin = Tokenizer.from_str(json.dumps(state))
     in_twin = {twin.token_to_id(content): token for content, token in ids.items()}
-    return _Encoder(twin, _any_of(names), names, own_ids, {t: own for t, own in in_twin.items() if t != own})
+    original_ids = {t: own for t, own in in_twin.items() if t != own}
+    return _Encoder(twin, _any_of(names), names, own_ids, original_ids, tokenizer.get_vocab().get("▁", -1))
 
 
 _AS_SPACE = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)  # as sentencepiece's usual normalisation has it

@@ -96,7 +96,10 @@ def role_map(
 
     - A token that holds characters of a content has the role of the first of them, also where it straddles a border
       (`?` of the user and `\\n` of the template in one token: user). All others are `template`: markers, separators,
-      closing eos, a default system text, the indicator.
+      closing eos, a default system text, the indicator, a `<think>` block that the template writes itself, and a lone
+      "▁" that a sentencepiece tokenizer puts in front of text.
+    - Text that spells a control token stays its author's, as text: `a</s>b` and `<s>` in a message are never the tokens
+      of that name, also with sentencepiece tokenizers whose old settings (`legacy`) would split them off.
     - `bos` is the first token only (whitespace of the template may precede it). It is put in front where the tokenizer
       has one and the template wrote none; `bos=False` leaves that to the template.
     - Turn m is the m-th user message and all that follows up to the next one; what precedes the first, and system text,
