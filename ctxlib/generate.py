@@ -188,7 +188,7 @@ class _Prefixes:
     """
 
     # transformers' continuous batching (`generate_batch`) shares prefixes, too, and gave the same tokens, but took 20
-    # times as long on a CPU (five needle prompts of 300 tokens), and takes no stopping criteria, which `stop_text` needs.
+    # times as long on a CPU (five needle prompts of 300 tokens), and takes no stopping criteria: `stop_text` needs one.
     #
     # The last token of a prompt stays unread, because `generate` needs one token to compute the first logits from. The
     # cache of one row is copied into the batch, so that prompts of different length decode together; a copy per prompt

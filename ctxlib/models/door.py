@@ -235,7 +235,9 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> nn.Module:
-    """Causal language model in eval mode, from a local folder or a hub id; safetensors only, never remote code.
+    """Causal language model in eval mode (with an adapter a PeftModel), from a local folder or a hub id.
+
+    Only safetensors are read, and remote code is never run.
 
     Parameters
     ----------
