@@ -48,7 +48,7 @@ def in_words(row: Any, spec: str = "+.2f", *, of: str | None = None, p: bool = F
     text = format(row.value, spec)
     if not pd.isna(row.ci_low):
         text += f" [{format(row.ci_low, spec)}, {format(row.ci_high, spec)}]"
-    if p:
+    if p and not pd.isna(row.p_value):
         text += f", p = {row.p_value:.2g}"
     if of is None:
         return text
