@@ -212,7 +212,7 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedC
     if is_adapter(path):
         path = adapter_base(path)
         check_model_files(path)
-    with _opening("configuration", path, revision):
+    with _opening("configuration (config.json)", path, revision):
         config = AutoConfig.from_pretrained(
             source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
         ).get_text_config()

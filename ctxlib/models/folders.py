@@ -129,7 +129,7 @@ def check_tokenizer_files(path: str | Path, *, required: bool = True) -> bool:
         if required:
             raise InputError(f"{path}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)})")
         return False
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
     for name in ("vocab.json", "tokenizer.model", "merges.txt", "chat_template.jinja"):
