@@ -301,8 +301,8 @@ def _check_quantisation(config: PreTrainedConfig, path: str | Path) -> None:
     known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
     if getattr(method, "value", method) not in {*known, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
         raise InputError(
-            f"{path}: config.json: quantization_config: transformers knows no way of quantising called {method!r}; take "
-            "the model without quantisation"
+            f"{path}: config.json: quantization_config: transformers knows no way of quantising called {method!r}; "
+            "take the model without quantisation"
         )
 
 
