@@ -150,10 +150,8 @@ def test_a_disk_that_fills_up_keeps_the_lines_before(tmp_path, full_disk):
 
 def test_the_next_write_removes_what_a_killed_process_left_and_only_that(tmp_path):
     code = "import os, signal; from pathlib import Path; from ctxlib.files import replacing\n"
-    code += (
-        f"with replacing(Path({str(tmp_path / 'a')!r})) as beside: "
+    code += f"with replacing(Path({str(tmp_path / 'a')!r})) as beside: "
     code += "beside.touch(); os.kill(os.getpid(), signal.SIGKILL)"
-    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert len(list(tmp_path.iterdir())) == 1
     with replacing(tmp_path / "b") as alive:
