@@ -45,7 +45,8 @@ CHAT = [
     for n in range(3)
 ]
 # lines that report progress: bars, and the doctor's checks
-PROGRESS = re.compile(r"^checking .*…$|^.*\d+%\|.*$|^.*\d+(it|step|turn|s)?/s\]?$|^\s*$")
+PROGRESS = re.compile(r"^checking .*…$|^.*\[\d+:\d\d.*\]$|^\s*$")
+SPECIAL = {"hex", "link", "special"}
 IN_PROCESSES_OF_THEIR_OWN = 6
 
 
@@ -115,7 +116,7 @@ def write_file(path: Path, content: Any) -> None:
         path.write_bytes(content.encode("utf-8", "surrogatepass"))
     elif isinstance(content, list) and path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    elif isinstance(content, list) or not set(content) <= {"hex", "link", "special"}:
+    elif isinstance(content, list) or not set(content) <= SPECIAL:
         path.write_text(json.dumps(content))
     elif "hex" in content:
         path.write_bytes(bytes.fromhex(content["hex"]))
@@ -141,11 +142,11 @@ def copy_of_instruct(folder: Path, changes: dict[str, Any]) -> Path:
         path = folder / name
         if change is None:
             path.unlink()
-        elif name.endswith(".safetensors") and isinstance(change, dict) and "hex" not in change:
+        elif name.endswith(".safetensors") and isinstance(change, dict) and not set(change) <= SPECIAL:
             weights = changed_weights(load_file(path), **change)
             path.unlink()
             save_file(weights, path, metadata={"format": "pt"})
-        elif isinstance(change, dict) and path.exists() and name.endswith(".json"):
+        elif isinstance(change, dict) and path.exists() and not set(change) <= SPECIAL:
             content = json.loads(path.read_text()) | change
             path.write_text(json.dumps({key: value for key, value in content.items() if value != "(removed)"}))
         else:

@@ -44,6 +44,7 @@ from ctxlib.params import (
     ScoreRule,
     Seed,
     Variant,
+    expanded,
     load_params,
 )
 
@@ -163,9 +164,11 @@ def _announce(check: str) -> None:
 @app.command
 def miniature(*, out: Annotated[Path, option("Folder for the two models; an interrupted run resumes there.")]) -> None:
     """Train both models of the miniature from scratch and write their cards."""
+    from ctxlib.files import check_writable
     from ctxlib.miniature.build import build
 
-    build(out)
+    check_writable(expanded(out))
+    build(expanded(out))
 
 
 @app.command

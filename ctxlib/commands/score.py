@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.commands.settings import ScoredRows, ScoreRun
 from ctxlib.conversations import Corpus, data_files, load_conversations, save_conversations
-from ctxlib.files import check_writable, digest, file_digest, write
+from ctxlib.files import check_writable, digest, file_digest, folder_for_now, write
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
 from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
@@ -133,8 +133,13 @@ class Prepared:
         Raises InputError for a folder that cannot be written or holds the data, for a model that is not loadable or
         whose attention cannot be recorded, for a score that is not a number, and when no turn could be scored.
         """
-        folder, settings = expanded(folder), self.settings
+        folder = expanded(folder)
         self._check(folder)
+        with folder_for_now(folder / "parts"):
+            return self._score(folder, share, progress)
+
+    def _score(self, folder: Path, share: Share, progress: bool) -> Run:
+        settings = self.settings
         model = load_model(
             model_source(settings.model),
             dtype=settings.dtype,
