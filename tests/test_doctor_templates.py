@@ -1,4 +1,4 @@
-"""The doctor's look at a folder of chat templates: supported, refused with a reason, or wrong. Oracle: what tokens spell."""
+"""The doctor looks at a folder of chat templates: supported, refused with a reason, or wrong."""
 
 import dataclasses
 import json
