@@ -1,5 +1,6 @@
 # Who needs whom. `make reproduce` calls this; by hand: snakemake --cores 1 --config experiment=smoke
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from ctxlib.params import load_params
-from ctxlib.results import short_path
 
 STORY = {
     "00_the_miniature": [],
@@ -36,7 +36,8 @@ experiment = load_params(params_file, overrides)
 if experiment.trains("instruct"):
     STORY["01_attention_shift"] = ["03_indicator_sft"]
 NEEDS = EVIDENCE if experiment.evidence else STORY
-OUTPUTS = short_path(experiment, experiment.output_dir)
+HOME = Path(os.path.relpath(workflow.basedir))  # of notebooks and code; the working directory may be another
+OUTPUTS = experiment.output_dir
 # receipts are not committed: a fresh clone, which holds the committed outputs, runs everything once
 RECEIPT = f"{OUTPUTS}/work/receipts/{{notebook}}.json"
 
@@ -49,11 +50,11 @@ rule all:
 rule notebook:
     input:
         lambda wildcards: expand(RECEIPT, notebook=NEEDS[wildcards.notebook]),
-        notebook="notebooks/{notebook}.ipynb",
+        notebook=str(HOME / "notebooks" / "{notebook}.ipynb"),
         params_files=[str(experiment.root / file) for file in experiment.files],  # those that it extends, too
-        code=sorted(str(path) for path in Path("ctxlib").rglob("*.py")),
+        code=sorted(str(path) for path in (HOME / "ctxlib").rglob("*.py")),
         # the models are over 1 MB, where snakemake looks at times instead of contents; their cards hold their hashes
-        models=sorted(str(path) for path in Path("ctxlib/miniature/models").glob("*/card.json")),
+        models=sorted(str(path) for path in (HOME / "ctxlib" / "miniature" / "models").glob("*/card.json")),
     # the executed notebook is neither an output, which a failed run deletes, nor a log, which it leaves empty:
     # the runner puts it in its place when every cell has completed
     output:
@@ -67,4 +68,4 @@ rule notebook:
             "--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()
         ),
     shell:
-        "{sys.executable:q} -m ctxlib run {input.notebook} --params {params.file:q} {params.overrides}"
+        "{sys.executable:q} -m ctxlib run {input.notebook:q} --params {params.file:q} {params.overrides}"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ctxlib.files import file_digest, write
-from ctxlib.metrics import Side, holds
+from ctxlib.metrics import Side, holds, in_words
 from ctxlib.params import InputError, Params
 
 PACKAGE = Path(__file__).resolve().parent
@@ -173,8 +173,23 @@ def gather_claims(params: Params) -> list[Path]:
     claims = claims.sort_values("claim", key=lambda texts: texts.map(_claim_order), kind="stable")
     return [
         write(tables / "claims.csv", _csv(claims)),
-        write(tables / "claims.md", _markdown(claims, "Claims", provenance(params))),
+        write(tables / "claims.md", _markdown(_to_read(claims), "Claims", provenance(params))),
     ]
+
+
+def _to_read(claims: pd.DataFrame) -> pd.DataFrame:
+    """The claims with two digits, and the value beside its interval; all digits are in claims.csv."""
+    numbers = claims.astype(dict.fromkeys(("value", "ci_low", "ci_high", "threshold"), float))
+    interval = [in_words(row) for row in numbers.itertuples()]
+    return pd.DataFrame(
+        {
+            "claim": claims["claim"],
+            "value [95 % interval]": interval,
+            "threshold": [f"{threshold:+.2f}" for threshold in numbers["threshold"]],
+            "holds": claims["holds"].map({"True": "yes", "False": "no"}),
+            "n": claims["n"],
+        }
+    )
 
 
 def gather_evidence(params: Params) -> list[Path]:

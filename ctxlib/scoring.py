@@ -16,11 +16,13 @@ Reference: Wang et al. 2024, section 3.1; official script `process_dataset.py`.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -41,6 +43,7 @@ from ctxlib.roles import Role, RoleMap, pad_batch, role_map
 
 HeadReduction = Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
 AUTHORS_MAX_LENGTH = 2047
+_ENCODERS = 2  # threads beside a GPU; more would only wait for each other, as templates are rendered in Python
 SCORE_COLUMNS = {
     "conversation": "str",
     "turn": "int64",
@@ -122,31 +125,32 @@ def score_corpus(
         folder = Path(shard_dir) / digest(made_by)
         write(folder / "settings.json", json.dumps(made_by, indent=1) + "\n")
 
+    encode = functools.partial(_encode, tokenizer, variant=settings.variant, max_length=max_length)
     starts = range(0, len(ids), conversations_per_part)
     chosen = [(i, corpus.conversations[s : s + conversations_per_part]) for i, s in enumerate(starts)][index::shards]
     finished = [folder and folder / f"part-{number:05d}.parquet" for number, _ in chosen]
     if not all(file and file.exists() for file in finished):
         _check_attention(model, layers)
+    todo = (_Part(conversations, file) for (_, conversations), file in zip(chosen, finished, strict=True))
     parts = []
     with _Progress(sum(len(conversations) for _, conversations in chosen), disable=not progress) as bar:
-        for (_, conversations), file in zip(chosen, finished, strict=True):
-            if (part := _finished_part(file)) is not None:
-                parts.append(part)
-                bar.update(len(conversations))
+        for part, examples in encoded_ahead(todo, encode, 0 if model.device.type == "cpu" else _ENCODERS):
+            if part.frame is not None:
+                parts.append(part.frame)
+                bar.update(len(part.conversations))
                 continue
-            examples = [
-                _encode(tokenizer, conversation, settings.variant, max_length) for conversation in conversations
-            ]
             bar.update(sum(not example.answers for example in examples))
-            scores = {}
+            on_device = {}
             for batch in length_buckets([example for example in examples if example.answers], token_budget, borders):
                 with memory_advice(_FEWER if len(batch) > 1 else _SHORTER, folder):
-                    scores |= _score_batch(model, tokenizer, batch, layers, settings.head_reduction)
+                    on_device |= _score_batch(model, tokenizer, batch, layers, settings.head_reduction)
                 bar.scored(len(batch), tokens=sum(len(example.map) for example in batch))
+            with memory_advice(_FEWER, folder):
+                scores = _fetched(on_device)
             rows = [row for example in examples for row in _rows(example, scores.get(example.id, []), layers)]
             parts.append(_frame(rows, settings.variant, seed_model))
-            if file:
-                with replacing(file) as beside:
+            if part.file:
+                with replacing(part.file) as beside:
                     parts[-1].to_parquet(beside)
 
     frame = pd.concat(parts, ignore_index=True) if parts else _frame([], settings.variant, seed_model)
@@ -255,6 +259,37 @@ def length_buckets(
         batch.append(example)
     if batch:
         yield batch
+
+
+class _Part:
+    """Conversations that are scored and saved together; `frame` holds their scores if an earlier call finished them."""
+
+    def __init__(self, conversations: Sequence[Conversation], file: Path | None):
+        self.conversations, self.file, self.frame = conversations, file, _finished_part(file)
+
+    @property
+    def to_encode(self) -> Sequence[Conversation]:
+        return self.conversations if self.frame is None else ()
+
+
+def encoded_ahead(
+    parts: Iterable[_Part], encode: Callable[[Conversation], EncodedConversation], threads: int
+) -> Iterator[tuple[_Part, list[EncodedConversation]]]:
+    """Every part with its conversations encoded, in order; with threads, the next part while one is being scored.
+
+    At most two parts are held. Threads pay on a GPU, on which the forward pass leaves the CPU free, and the tokenizer
+    leaves Python free; without threads (0) a part is encoded when its turn comes.
+    """
+    if not threads:
+        yield from ((part, [encode(conversation) for conversation in part.to_encode]) for part in parts)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
+    try:
+        begun = ((part, [pool.submit(encode, conversation) for conversation in part.to_encode]) for part in parts)
+        for (part, encoding), _ in itertools.pairwise(itertools.chain(begun, [None])):  # the next one has begun, too
+            yield part, [future.result() for future in encoding]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def weights_hash(model) -> str:
@@ -367,23 +402,35 @@ def _check_attention(model, layers: list[int]) -> None:
 
 def _score_batch(
     model, tokenizer, batch: list[EncodedConversation], layers: list[int], head_reduction: HeadReduction
-) -> dict[str, list[list[float]]]:
-    """Scores by conversation, answer and layer. Padding is on the right, where a causal model needs no mask for it."""
+) -> dict[str, Float[Tensor, "answer layer"]]:
+    """Scores by conversation, on the model's device: nothing waits for a GPU here (`_fetched` does).
+
+    Padding is on the right, where a causal model needs no mask for it, and the fused kernels take none.
+    """
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     padded = pad_batch([example.map for example in batch], pad_id, side="right")
     wanted = [torch.cat([answer.rows for answer in example.answers]) for example in batch]
     rows = pad_sequence(wanted, batch_first=True, padding_value=-1)
     scores = {}
     with torch.inference_mode():
-        roles, rows = padded.roles.to(model.device), rows.to(model.device)
-        with record_allocation(model, roles, rows=rows, layers=layers, stop_after=max(layers)) as recording:
+        roles = padded.roles.to(model.device)
+        with record_allocation(
+            model, roles, rows=rows, layers=layers, stop_after=max(layers), precision="exact"
+        ) as recording:
             model.get_decoder()(input_ids=padded.input_ids.to(model.device), use_cache=False)
         user = recording.allocation[..., Role.USER]
         for i, example in enumerate(batch):
             by_answer = user[:, i, :, : len(wanted[i])].split([len(answer.rows) for answer in example.answers], dim=-1)
-            reduced = torch.stack([reduce_heads(of_one, head_reduction) for of_one in by_answer])
-            scores[example.id] = reduced.double().cpu().tolist()
+            scores[example.id] = torch.stack([reduce_heads(of_one, head_reduction) for of_one in by_answer])
     return scores
+
+
+def _fetched(scores: dict[str, Float[Tensor, "answer layer"]]) -> dict[str, list[list[float]]]:
+    """The scores of many conversations as numbers, with one copy from the device."""
+    if not scores:
+        return {}
+    values = iter(torch.cat([*scores.values()]).double().tolist())
+    return {id: list(itertools.islice(values, len(of_one))) for id, of_one in scores.items()}
 
 
 def _rows(example: EncodedConversation, scores: list[list[float]], layers: list[int]) -> list[dict]:

@@ -38,7 +38,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ctxlib.attention import patch_outputs, record_allocation, record_outputs, steer_attention, verify_recording
+from ctxlib.attention import patch_outputs, record_allocation, record_outputs, route, steer_attention, verify_recording
 from ctxlib.attention.record import _grouped_pattern
 from ctxlib.params import InputError
 from ctxlib.roles import ROLES
@@ -365,6 +365,101 @@ def test_bfloat16_is_recorded_in_float32(way):
     torch.testing.assert_close(found, recorded(exact, ids, roles, mask, rows="all", layers=[0]), atol=0.05, rtol=0)
 
 
+def first_layer(model, ids, roles, **options):
+    """What is recorded of layer 0 with these options, and with exact sums."""
+    exact = recorded(model, ids, roles, None, rows="all", layers=[0], precision="exact")
+    return recorded(model, ids, roles, None, rows="all", layers=[0], **options), exact
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 0), (torch.bfloat16, 0.004), (torch.float16, 0.0005)])
+def test_sums_in_the_models_dtype_are_off_by_no_more_than_stated(dtype, error):
+    ids, roles, _ = batch(lengths=(64, 64))
+    found, exact = first_layer(llama().to(dtype), ids, roles)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= error
+    assert (found - exact).abs().mean() <= error / 8
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found.sum(-1)), atol=1e-6, rtol=0)
+
+
+def test_exact_sums_of_a_half_precision_model_are_those_of_single_rows():
+    model = llama().to(torch.bfloat16)
+    ids, roles, mask = batch()
+    every = recorded(model, ids, roles, mask, rows="all", precision="exact")
+    for row in range(12):
+        alone = recorded(model, ids, roles, mask, rows=torch.tensor([[row], [row if row < 7 else -1]]))
+        torch.testing.assert_close(every[:, :, :, row], alone[:, :, :, 0], atol=1e-5, rtol=0)
+
+
+def test_exact_sums_leave_the_output_of_a_half_precision_model_as_it_is():
+    model = llama().to(torch.bfloat16)
+    ids, roles, mask = batch()
+    recorder = record_allocation(model, roles, rows="all", precision="exact")
+    assert torch.equal(logits_of(model, ids, mask), logits_of(model, ids, mask, recorder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [8, 248, 256])
+def test_heads_of_any_width_are_recorded_as_eager_does(head_dim, dtype):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**GQA, "num_hidden_layers": 1, "head_dim": head_dim})).eval().to(dtype)
+    ids, roles, _ = batch(lengths=(12, 12))
+    found = recorded(model, ids, roles, None, rows="all")
+    tolerance = 5e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, eager_allocation(model, ids, roles, None), atol=tolerance, rtol=0)
+    assert ("two fused calls" in route(model)) == (head_dim == 256)
+
+
+def test_no_mask_is_made_of_a_batch_without_one_and_grouped_queries_stay_grouped(monkeypatch):
+    seen = []
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module, query, key, value, attention_mask, **kwargs):
+        seen.append((attention_mask, query.shape[1], key.shape[1], {t.dtype for t in (query, key, value)}))
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", watched)
+    model = llama().to(torch.bfloat16)
+    ids, roles, _ = batch("right")
+    recorded(model, ids, roles, None, rows="all")
+    assert seen == [(None, 4, 2, {torch.bfloat16})] * 3
+
+
+def test_tokens_without_a_group_keep_their_share_in_half_precision():
+    model = llama().to(torch.bfloat16)
+    ids, roles, _ = batch(lengths=(12, 12))
+    turns = torch.zeros_like(roles)
+    some = roles.where(roles != 2, -1)
+    found = recorded(model, ids, some, None, rows="all", turns=turns)
+    every = recorded(model, ids, roles, None, rows="all", precision="exact")
+    real = (some >= 0)[None, :, None, :, None].expand_as(found)
+    others = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(
+        found[real].view(-1, 5)[:, others], every[real].view(-1, 5)[:, others], atol=0.02, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "words"),
+    [
+        ("llama", 5, "one fused call in float32, heads of 8 widened to 16 by 5 groups"),
+        ("llama", 10, "10 groups are more than the 8 columns of a head"),
+        ("gemma2", 5, "eager attention, which holds tokens × tokens per head"),
+    ],
+)
+def test_the_route_of_a_model_is_one_line(name, groups, words):
+    said = route(build(name), groups)
+    assert words in said
+    assert "\n" not in said
+
+
+def test_an_unknown_precision_is_refused():
+    with (
+        pytest.raises(InputError, match="give 'model' or 'exact'"),
+        record_allocation(llama(), batch()[1], precision="high"),
+    ):
+        pass
+
+
 def test_pattern_of_half_precision_scores_is_exact_in_float32():
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, heads, 9, 8, generator=generator).bfloat16() for heads in (4, 2))
@@ -617,9 +712,10 @@ def test_steered_generation_is_the_greedy_loop_with_full_recompute(variant, stee
 def test_half_precision_holds_the_bias_to_twice_its_digits():
     model = llama().to(torch.bfloat16)
     ids, roles, mask = batch()
+    exact = {"layers": [0], "rows": "all", "precision": "exact"}
     with steer_attention(model, roles == 2, 0.95):
-        found = recorded(model, ids, roles, mask, layers=[0], rows="all")
-    plain = recorded(model, ids, roles, mask, layers=[0], rows="all").double()
+        found = recorded(model, ids, roles, mask, **exact)
+    plain = recorded(model, ids, roles, mask, **exact).double()
     weighted = plain * torch.tensor([0.95, 0.95, 1, 0.95, 0.95], dtype=torch.float64)
     expected = (weighted / weighted.sum(-1, keepdim=True)).nan_to_num()
     torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)

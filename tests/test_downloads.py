@@ -38,7 +38,7 @@ def test_json_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path, cut):
         (POINTER, "a Git-LFS pointer, not the file itself; fetch that with: git lfs pull"),
         (PAGE, "a web page, not the file itself"),
         ("<HTML lang='en'>", "a web page"),
-        ('{"a": 1}\n{"a": 2}', r"line 2: malformed JSON .*one row a line belongs in a \.jsonl file"),
+        ('{"a": 1}\n{"a": 2}', r"line 2: malformed JSON .*one row per line belongs in a \.jsonl file"),
         ("[" * 100_000, "malformed JSON"),
         ("9" * 5000, "malformed JSON"),
         (b"\xff", "not UTF-8 at byte 0"),
@@ -149,5 +149,5 @@ def test_without_a_network_the_page_is_named_and_what_to_do(tmp_path):
     said = hub_says("https://huggingface.co", tmp_path, HF_HUB_OFFLINE="1")
     assert len(said) == 12
     assert all(
-        "the hub cannot be reached, and what it holds is not in the cache; try again online" in m for m in said.values()
+        "the hub cannot be reached, and the files are not in the cache; try again online" in m for m in said.values()
     )

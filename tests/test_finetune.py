@@ -1,6 +1,7 @@
 """Claims about `ctxlib.finetune`."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from transformers import trainer as trainer_module
 
@@ -23,7 +24,7 @@ from ctxlib.commands import cli
 from ctxlib.conversations import Corpus, save_conversations
 from ctxlib.finetune import add_lora, export_merged, make_trainer, training_examples
 from ctxlib.finetune import training as finetune_module
-from ctxlib.models import load_model, load_tokenizer, set_indicator_row
+from ctxlib.models import load_model, load_tokenizer, model_hash, set_indicator_row
 from ctxlib.params import Finetune, InputError
 
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
@@ -543,3 +544,47 @@ def test_the_command_refuses_what_could_not_be_meant(
         status, _, complaint = run_here(monkeypatch, capsys, *command[2:], "--out", tmp_path / "out", *more)
         assert status == 2 and message in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_training_that_leaves_the_numbers_stops_and_keeps_its_last_good_checkpoint(
+    model_folder, tokenizer, conversations, tmp_path
+):
+    settings = {**QUICK, "method": "full", "learning_rate": 1e8, "steps": 12, "save_every": 1, "batch_size": 1}
+    with pytest.raises(InputError, match=r"stopped at step \d+: .*lower finetune\.learning_rate .* is kept"):
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    kept = [weights(folder) for folder in tmp_path.glob("out.training-*/checkpoint-*")]
+    assert kept and all(torch.isfinite(weight).all() for of_step in kept for weight in of_step.values())
+
+
+def test_a_model_whose_weights_are_no_numbers_is_named_at_the_first_step(
+    model_folder, tokenizer, conversations, tmp_path
+):
+    file = model_folder / "model.safetensors"
+    broken = load_file(file)
+    broken["model.norm.weight"][0] = math.nan
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"step 1: the loss is nan, since the model's weight .*norm\.weight"):
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_beyond_the_data_is_refused_before_anything_is_written(
+    model_folder, tokenizer, conversations, tmp_path
+):
+    with pytest.raises(InputError, match=r"batch_size: 5,000, but there are only 7 conversations.*lower it"):
+        finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **QUICK | {"batch_size": 5000})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_adapter_finds_its_base_in_a_project_folder_that_was_moved(model_folder, tokenizer, conversations, tmp_path):
+    before = tmp_path / "before"
+    before.mkdir()
+    model_folder.rename(before / "model")
+    adapter = before / "outputs" / "adapter"
+    finetune(before / "model", tokenizer, conversations, out_dir=adapter, **QUICK | {"steps": 2})
+    expected, name = logits(load_model(adapter, device="cpu")), model_hash(adapter)
+    before.rename(tmp_path / "after")
+    moved = tmp_path / "after" / "outputs" / "adapter"
+    assert torch.equal(logits(load_model(moved, device="cpu")), expected)
+    assert model_hash(moved) == name

@@ -172,7 +172,7 @@ def test_steering_with_alpha_one_changes_nothing_and_strong_steering_changes_ans
 
 
 def test_bad_questions_are_named(model, tokenizer, tmp_path):
-    with pytest.raises(InputError, match="'q1' is there more than once"):
+    with pytest.raises(InputError, match="'q1' occurs more than once"):
         answer_questions(model, tokenizer, [QUESTIONS[1], *QUESTIONS], **PLAIN)
     with pytest.raises(InputError, match=r"'q1'.*window of 512"):
         answer_questions(model, tokenizer, QUESTIONS, **{**PLAIN, "max_new_tokens": 500})

@@ -284,6 +284,8 @@ def test_a_prompt_with_a_name_of_another_kind_of_grading_is_refused(bench):
         ("[[11]]", None),
         ("[[-3]]", None),
         ("", None),
+        ("<think>[[3]] or [[4]]?</think> Rating: [[7]]", 7),
+        ("<think>[[3]]</think> I cannot say.", None),
     ],
 )
 def test_a_rating_is_read_from_double_brackets_or_not_at_all(text, rating):
@@ -339,13 +341,14 @@ def test_two_turns_that_may_not_fit_are_refused_before_the_first_and_the_remedy_
     calls = []
     forward = model.forward
     model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    subject = Subject("tiny", model, tokenizer, "tiny")
     with pytest.raises(InputError, match=r"question 111: .* window of 512; lower max_new_tokens to (\d+)") as caught:
-        answer_turns(Subject("tiny", model, tokenizer, "tiny"), bench, **{**DECODING, "max_new_tokens": 300})
+        answer_turns(subject, bench, **{**DECODING, "max_new_tokens": 300})
     assert not calls
     most = int(str(caught.value).rsplit(" ", 1)[1])
-    mt_bench.answers._check_window(model, tokenizer, bench, most, "standard", None)
+    mt_bench.answers._check_window(subject, bench, most, "standard", None)
     with pytest.raises(InputError):
-        mt_bench.answers._check_window(model, tokenizer, bench, most + 1, "standard", None)
+        mt_bench.answers._check_window(subject, bench, most + 1, "standard", None)
 
 
 # the judge
@@ -442,6 +445,55 @@ def test_what_the_server_refuses_is_counted_with_its_reason_and_asked_for_again(
     server.behaviour = lambda number, request: too_long
     with pytest.raises(InputError, match=r"refused every judgement.*context length exceeded"):
         judge_answers(answers, bench, judge, tmp_path / "other.jsonl", progress=False)
+
+
+def completion(request, content, usage):
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": request["model"], "choices": [choice]}
+    return 200, body | {"usage": usage}
+
+
+def test_a_reply_in_parts_is_read_and_an_absent_count_of_tokens_is_unknown(server, judge, bench, answers, tmp_path):
+    def behaviour(number, request):
+        rating = f" [[{grade(request['messages'])}]]"
+        parts = [{"type": "text", "text": "Rating:"}, {"type": "image_url"}, {"type": "text", "text": rating}]
+        return completion(request, parts, {"prompt_tokens": 5, "completion_tokens": None})
+
+    server.behaviour = behaviour
+    ratings = judge_answers(answers, bench, judge, tmp_path / "j.jsonl", progress=False)
+    assert rated(ratings) == expected_ratings(answers, bench)
+    assert spent(ratings)["prompt_tokens"] == 60 and math.isnan(spent(ratings)["completion_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("refused", "asked"),
+    [
+        (["temperature"], {"max_tokens": 2048}),
+        (["max_tokens"], {"temperature": 0.0, "max_completion_tokens": 2048}),
+        (["temperature", "max_tokens"], {"max_completion_tokens": 2048}),
+    ],
+)
+def test_a_refused_parameter_is_respelled_or_left_out_once_and_recorded(
+    server, judge, bench, answers, tmp_path, refused, asked
+):
+    def behaviour(number, request):
+        named = [name for name in refused if name in request]
+        return (400, {"error": {"message": f"Unsupported parameter: '{named[0]}'"}}) if named else None
+
+    server.behaviour = behaviour
+    judge = replace(judge, workers=1)
+    ratings = judge_answers(answers, bench, judge, tmp_path / "j.jsonl", progress=False)
+    assert rated(ratings) == expected_ratings(answers, bench)
+    assert ratings.attrs["asked"] == [asked]
+    assert len(server.requests) == 12 + len(refused)
+    again = judge_answers(answers, bench, judge, tmp_path / "j.jsonl", progress=False)
+    assert again.attrs["asked"] == [asked]
+
+
+def test_judgements_of_which_none_has_a_rating_are_an_error(server, judge, bench, answers, tmp_path):
+    server.behaviour = lambda number, request: "Very good."
+    with pytest.raises(InputError, match=r"no rating such as \[\[7\]\] in any of 12 judgements"):
+        judge_answers(answers, bench, judge, tmp_path / "j.jsonl", progress=False)
 
 
 @pytest.mark.parametrize(

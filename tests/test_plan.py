@@ -30,6 +30,7 @@ from ctxlib.roles import role_map
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 MINIATURE = ROOT / "params" / "miniature.yaml"
+SMOKE = ROOT / "params" / "smoke.yaml"  # the miniature with few questions
 NINE = sorted((ROOT / "params").glob("*llama*-*.yaml"))
 # peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -303,16 +304,16 @@ def test_a_model_in_the_hubs_cache_is_read_there_and_not_downloaded_again(hub_ca
     files = {"config.json": config, "model.safetensors.index.json": index, "one.safetensors": b"0" * 1000}
     write_to_cache(hub_cache, "owner/model", "a" * 40, files)
     params = {"models.pretrained": "owner/model", "models.revision": "a" * 40}
-    partly = plan_of(MINIATURE, **params).models["pretrained"]
+    partly = plan_of(SMOKE, **params).models["pretrained"]
     assert partly.network.layers == 20 and partly.where.startswith("partly in the hub's cache")
     assert partly.to_download == partly.network.stored_bytes - 1000
 
     write_to_cache(hub_cache, "owner/model", "a" * 40, {"two.safetensors": b"0"})
     sources._cache.cache_clear()
-    whole = plan_of(MINIATURE, **params).models["pretrained"]
+    whole = plan_of(SMOKE, **params).models["pretrained"]
     assert whole.where == "in the hub's cache" and whole.to_download == 0
     with pytest.raises(InputError, match="'owner/model' is neither here nor in the hub's cache"):
-        plan_of(MINIATURE, **params | {"models.revision": "b" * 40})
+        plan_of(SMOKE, **params | {"models.revision": "b" * 40})
 
 
 def test_what_would_not_fit_names_changes_that_make_it_fit():
@@ -371,8 +372,8 @@ def test_training_takes_the_hours_that_its_operations_take():
 
 def test_a_gpu_that_is_not_in_the_table_is_refused_with_those_that_are():
     with pytest.raises(InputError, match=r"--gpu: 'abacus' is not in the table; choose one of rtx3090, .*h100"):
-        plan_of(MINIATURE, "abacus")
-    assert plan_of(MINIATURE, "H100").gpu.name == "H100 80 GB"
+        plan_of(SMOKE, "abacus")
+    assert plan_of(SMOKE, "H100").gpu.name == "H100 80 GB"
 
 
 def test_evidence_is_no_experiment_to_plan():
@@ -413,7 +414,7 @@ def test_bad_input_is_one_line_and_exit_status_2(changes, message, capsys, monke
 
 def test_layers_windows_and_lengths_that_cannot_be_are_told():
     changes = {"allocation.layer": 6, "scoring.layer": 9, "needle.lengths": [2040], "conversations.max_length": 4096}
-    problems = plan_of(MINIATURE, **changes).problems
+    problems = plan_of(SMOKE, **changes).problems
     assert [problem.split(":")[0] for problem in problems] == [*list(changes)[:2], *list(changes)[2:]]
     assert "0 to 5" in problems[0] and "set it to 2048" in problems[3]
 
@@ -431,7 +432,7 @@ def test_rows_are_read_as_often_as_in_the_rehearsal(tmp_path):
     folder = tmp_path / "rehearsal-mine"
     (folder / "work" / "answers").mkdir(parents=True)
     (folder / "params.yaml").write_text(json.dumps(small))
-    plan = plan_of(MINIATURE, experiment="mine", outputs=str(tmp_path))
+    plan = plan_of(SMOKE, experiment="mine", outputs=str(tmp_path))
     assert plan.times == {} and "run `ctxlib rehearse" in text(plan)  # nothing has been answered yet
     params = load_params(folder / "params.yaml")
     needles = experiment.needles(params, experiment.tokenizer(params))
@@ -443,7 +444,7 @@ def test_rows_are_read_as_often_as_in_the_rehearsal(tmp_path):
     for name, scored in (("a", ids), ("b", ids[: len(ids) // 4])):
         (folder / "work" / "scores" / name).mkdir(parents=True)
         pd.DataFrame({"conversation": scored * 2}).to_parquet(folder / "work" / "scores" / name / "part-00000.parquet")
-    again = plan_of(MINIATURE, experiment="mine", outputs=str(tmp_path))
+    again = plan_of(SMOKE, experiment="mine", outputs=str(tmp_path))
     assert again.times == {"conversations": 1.25, "needle": 2, "facts": 0.5, "qa": 0, "instructions": 0}
     for before, after in zip(plan.steps, again.steps, strict=True):
         times = {"scoring": 1.25, "training": 1, "needle": 2, "facts": 0.5}
@@ -584,9 +585,9 @@ def test_needles_are_as_long_as_those_that_are_made(tokenizer, prompt, variant, 
         assert rendered - 1 <= context + frame(params, tokenizer) <= rendered + sentence
 
 
-def test_the_town_s_needles_have_one_reading():
+def test_the_towns_needles_are_the_same_in_both_variants():
     clean, paper = (
-        plan_of(MINIATURE, **{"needle.variant": variant}).texts["needle"] for variant in ("standard", "authors_code")
+        plan_of(SMOKE, **{"needle.variant": variant}).texts["needle"] for variant in ("standard", "authors_code")
     )
     assert clean == paper
 

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Thread
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -318,3 +320,97 @@ def test_an_edit_reruns_only_itself_and_what_depends_on_it(tmp_path):
         path.write_text(before + "\n# edited\n")
         assert snakemake("-n") == expected, edited
         path.write_text(before)
+
+
+def reproduce_here(arguments: list[str]) -> list[str]:
+    """The command `ctxlib reproduce` of this repository, wherever it is run."""
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv[1:] = {['reproduce', *arguments]!r}; "
+    return [sys.executable, "-c", f"{code}from ctxlib.commands.cli import main; main()"]
+
+
+def test_the_words_of_snakemake_are_shown_when_nothing_can_start(tmp_path):
+    small_copy(tmp_path)
+    with (tmp_path / "Snakefile").open("a") as snakefile:
+        snakefile.write("\nraise ValueError('the words of snakemake')\n")
+    command = reproduce_here(["--params", "params/smoke.yaml"])
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "the words of snakemake" in ended.stderr
+
+
+def children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def test_a_kill_of_reproduce_alone_ends_all_that_it_started_and_the_next_run_tidies_up(tmp_path):
+    names = small_copy(tmp_path)
+    stub = tmp_path / "ctxlib" / "__main__.py"
+    words = (ROOT / "ctxlib" / "commands" / "reproduce.py").read_text()
+    (tmp_path / "ctxlib" / "leader.py").write_text(words)
+    stub.write_text(STUB.replace("while", "import ctxlib.leader\nctxlib.leader.end_with_leader()\nwhile"))
+    command = reproduce_here(["--params", "params/smoke.yaml"])
+    (tmp_path / "never ends").touch()
+    receipts = tmp_path / "outputs" / "smoke" / "work" / "receipts"
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
+        while not list(receipts.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        started = children(process.pid)
+        process.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert started and not alive
+    (tmp_path / "never ends").unlink()
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.stem for path in receipts.iterdir()) == names
+    assert not (receipts.parent / "tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["a #b: 'c'.yaml", "spaces  and ü.yaml", 'double "quotes".yaml'])
+def test_reproduce_takes_params_files_and_outputs_of_any_name(name, tmp_path):
+    names = small_copy(tmp_path, f"params/{name}")
+    arguments = ["--params", f"params/{name}", "--set", f"outputs={json.dumps(f'of {name}')}"]
+    finished = subprocess.run(reproduce_here(arguments), cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.stem for path in (tmp_path / f"of {name}" / "smoke" / "work" / "receipts").iterdir()) == names
+
+
+def test_reproduce_in_another_folder_than_the_clone_runs_its_notebooks(tmp_path):
+    clone, elsewhere = tmp_path / "clone", tmp_path / "elsewhere"
+    names = small_copy(clone)
+    elsewhere.mkdir()
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from ctxlib.commands import reproduce as room, cli; "
+    code += f"from pathlib import Path; room.CLONE = Path({str(clone)!r}); "
+    code += f"sys.argv[1:] = ['reproduce', '--params', {str(clone / 'params' / 'smoke.yaml')!r}]; cli.main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    receipts = elsewhere / "outputs" / "smoke" / "work" / "receipts"
+    assert sorted(path.stem for path in receipts.iterdir()) == names
+
+
+def plan_into(output: str, **environment: str) -> subprocess.CompletedProcess:
+    command = f"{shlex.quote(sys.executable)} -m ctxlib plan params/smoke.yaml {output}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_a_full_output_is_one_line_a_closed_one_is_quiet_and_ascii_is_enough():
+    full = plan_into("> /dev/full")
+    assert full.returncode == 2 and full.stderr.splitlines() == ["output: No space left on device; make room"]
+    closed = plan_into("| true; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
+    assert closed.returncode == 141 and not closed.stderr
+    narrow = plan_into("", PYTHONIOENCODING="ascii")
+    assert narrow.returncode == 0 and not narrow.stderr and "?" in narrow.stdout
+
+
+def test_few_open_files_are_named_when_the_kernel_dies(tmp_path):
+    command = f"ulimit -n 40; exec {shlex.quote(sys.executable)} -m ctxlib run notebooks/00_the_miniature.ipynb"
+    command += f" --params params/smoke.yaml --set outputs={tmp_path}"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode in (1, 2) and "ulimit -n" in ended.stderr and "Traceback" not in ended.stderr

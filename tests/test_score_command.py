@@ -285,7 +285,7 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
         ([], {"data": bad}, "bad.jsonl, line 6: malformed JSON"),
         (drop, {"data": bad}, "bad.jsonl: 2 of 7 rows are bad (28.6%, at most 5.0% may be): line 6: malformed JSON"),
         ([], {"out": data}, "is where the data are; choose another folder"),
-        ([], {"out": data / "scores"}, "no folder to write the scores to"),
+        ([], {"out": data / "scores"}, "no folder to write to"),
         ([], {"data": tmp_path, "out": tmp_path}, "line 6"),
         ([*drop, "--max-bad-rows", "1"], {"data": tmp_path, "out": tmp_path}, "is where the data are"),
     ):
@@ -461,8 +461,11 @@ def test_marks_are_only_made_from_the_data_that_were_scored(score, ctxlib, data,
         (["--threshold", "0.5", "--out", tmp_path / "marked.csv"], "expected the name of a .jsonl, .json or .parquet"),
         (["--threshold", "0.5", "--out", data], "the marks are made from this file; choose another name"),
         (["--threshold", "0.5", "--out", scores / "scores.parquet"], "the marks are made from this file"),
-        (["--threshold", "0.5", "--data", tmp_path / "gone.jsonl"], "are not there; say where (data)"),
-        (["--threshold", "0.5", "--scores", tmp_path / "none"], "no complete scores there"),
+        (
+            ["--threshold", "0.5", "--data", tmp_path / "gone.jsonl"],
+            "holds the scores of these data: give their new place (data)",
+        ),
+        (["--threshold", "0.5", "--scores", tmp_path / "none"], "no complete scores (scores.json"),
     ):
         status, _, errors = ctxlib("mark", "--scores", scores, "--out", out, *arguments)
         assert status == 2 and said in errors and errors.count("\n") == 1, errors
@@ -472,7 +475,7 @@ def test_marks_are_only_made_from_the_data_that_were_scored(score, ctxlib, data,
     assert "not the data that" in errors and "bring these back, or score the new data" in errors
     with (scores / "scores.parquet").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(InputError, match=r"scores\.parquet is not the file that scores\.json tells of"):
+    with pytest.raises(InputError, match=r"scores\.parquet is not the file that scores\.json describes"):
         read_scores(scores)
     (scores / "scores.json").write_text("{}")
     with pytest.raises(InputError, match="not a manifest of scores"):

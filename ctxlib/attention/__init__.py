@@ -1,4 +1,4 @@
-r"""Record and steer the attention of an unchanged causal language model, and what its heads hand on.
+r"""Record and steer the attention of an unchanged causal language model, and record or patch the output of its heads.
 
 The context managers register one attention function with transformers for as long as they are open:
 
@@ -11,7 +11,7 @@ They may be nested in any order; what is recorded is always the steered attentio
 
 from ctxlib.attention.hook import Head
 from ctxlib.attention.patch import HeadOutputs, patch_outputs, record_outputs
-from ctxlib.attention.record import Recording, record_allocation, verify_recording
+from ctxlib.attention.record import Recording, record_allocation, route, verify_recording
 from ctxlib.attention.steer import steer_attention
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "patch_outputs",
     "record_allocation",
     "record_outputs",
+    "route",
     "steer_attention",
     "verify_recording",
 ]

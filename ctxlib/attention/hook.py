@@ -1,8 +1,10 @@
 """The one attention function that is registered with transformers while a recording, steering or patch is open.
 
-It knows what it serves by protocols only: `record`, `steer` and `patch` import it, and it none of them.
+It sees recordings, steerings and patches through protocols only: their modules import this one, and it imports none of
+them.
 """
 
+import functools
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ctxlib.params import InputError
 
 Head = tuple[int, int]  # layer, head
+FUSED_WIDTH = 256  # the widest head that a fused kernel takes; natively grouped queries end there, too
 _numbers = count()
 
 
@@ -30,8 +33,8 @@ class Stop(Exception):
 class Wanted(Protocol):
     """Rows of one attention call that are to be recorded."""
 
-    index: Int[Tensor, "batch row"]
     columns: Float32[Tensor, "batch key_pos group"]
+    exact: bool
 
     def rides(self, query: Tensor, value: Tensor) -> bool: ...
 
@@ -39,7 +42,7 @@ class Wanted(Protocol):
         self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
     ) -> None: ...
 
-    def keep(self, grouped: Float32[Tensor, "batch head row group"]) -> None: ...
+    def keep_chosen(self, grouped: Float[Tensor, "batch head query_pos group"]) -> None: ...
 
 
 @runtime_checkable
@@ -61,16 +64,16 @@ class Steers(Protocol):
 
 
 @runtime_checkable
-class HandsOn(Protocol):
+class ChangesOutputs(Protocol):
     """Outputs of heads that are recorded or replaced, as the hook knows them."""
 
-    def hand_on(
+    def head_outputs(
         self, layer: int, own: Float[Tensor, "batch query_pos head width"], first_query: int
     ) -> Float[Tensor, "batch query_pos head width"]: ...
 
 
 class Hook:
-    """The registered function: steer, then record, then compute as the model's own backend does, then hand on."""
+    """The registered function: steer, then record, then compute as the model's own backend does, then patch."""
 
     def __init__(self, model):
         self.model_type = model.config.model_type
@@ -81,7 +84,7 @@ class Hook:
         self.own_mask = AttentionMaskInterface()[self.backend]
         self.steerings: list[Steers] = []
         self.recordings: list[Records] = []
-        self.outputs: list[HandsOn] = []
+        self.outputs: list[ChangesOutputs] = []
         self.first_query: int | None = None
 
     def mask(self, *args: Any, q_offset: Any = 0, kv_offset: Any = 0, **kwargs: Any) -> Tensor | None:
@@ -94,7 +97,7 @@ class Hook:
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         self._refuse_unknown(module, kwargs)
-        layer, width = module.layer_idx, value.shape[-1]
+        layer = module.layer_idx
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         for steering in self.steerings:
             query, key = steering.steer(layer, query, key, scaling, self.first_query)
@@ -103,30 +106,49 @@ class Hook:
         for beside in (w for w in wanted if w not in riders):
             beside.compute(query, key, attention_mask, scaling, kwargs.get("softcap"))
         stops = [r.stop_after is not None and r.stop_after <= layer for r in self.recordings]
-        if stops and all(stops):
-            value, width = value[..., :0], 0
-            if not riders:
-                raise Stop
-
-        dtype = value.dtype
-        if riders:
-            ridden = [rider.columns[:, None].expand(-1, key.shape[1], -1, -1) for rider in riders]
-            value = widened(value.float(), *ridden)
-        tensors = [
-            at_width(tensor, max(query.shape[-1], value.shape[-1]), value.dtype) for tensor in (query, key, value)
-        ]
-        output, pattern = self._own_function(module)(module, *tensors, attention_mask, scaling=scaling, **kwargs)
-        sizes = [rider.columns.shape[2] for rider in riders]
-        own, *grouped, _ = output.split([width, *sizes, output.shape[-1] - width - sum(sizes)], dim=-1)
-        for rider, groups in zip(riders, grouped, strict=True):
-            groups = groups.detach().transpose(1, 2)
-            rider.keep(torch.take_along_dim(groups, rider.index[:, None, :, None], dim=2))
-        if not width:
+        stopping = bool(stops) and all(stops)
+        if stopping and not riders:
             raise Stop
-        own = own.to(dtype)
+        kwargs |= {"scaling": scaling}
+        own, pattern = self._attend(
+            module, query, key, value[..., :0] if stopping else value, riders, attention_mask, kwargs
+        )
+        if stopping:
+            raise Stop
         for outputs in self.outputs:
-            own = outputs.hand_on(layer, own, self.first_query)
+            own = outputs.head_outputs(layer, own, self.first_query)
         return own, pattern
+
+    def _attend(self, module, query, key, value, riders: list[Wanted], mask, kwargs):
+        """The model's own output and pattern, and to each rider the sums of its groups.
+
+        values   v v v v v v v v b s u a t . . .    one call; queries and keys get zeros up to this width, too
+                 v v v v v v v v  |  b s u a t . . .    two: if that is too wide, or only the sums are to be exact
+        """
+        call = functools.partial(self._own_call, module, query, key, mask, kwargs)
+        if not riders:
+            return call(value)
+        width, dtype = value.shape[-1], value.dtype
+        precision = torch.float32 if any(rider.exact for rider in riders) else dtype
+        columns = [rider.columns.to(precision)[:, None].expand(-1, key.shape[1], -1, -1) for rider in riders]
+        sizes = [of_one.shape[-1] for of_one in columns]
+        too_wide = max(query.shape[-1], width + sum(sizes)) > FUSED_WIDTH
+        if width and self.backend != "eager" and (too_wide or precision != dtype):
+            own, pattern = call(value)
+            sums, _ = call(widened(*columns))
+        else:
+            output, pattern = call(widened(value.to(precision), *columns))
+            own, sums = output[..., :width].to(dtype), output[..., width:]
+        for rider, of_one in zip(riders, sums.detach()[..., : sum(sizes)].split(sizes, dim=-1), strict=True):
+            rider.keep_chosen(of_one.transpose(1, 2))
+        return own, pattern
+
+    def _own_call(self, module, query, key, mask, kwargs, value):
+        """The model's own attention function, all of its inputs in one width and in the values' dtype."""
+        width = max(query.shape[-1], value.shape[-1])
+        query, key, widest = (at_width(tensor, width, value.dtype) for tensor in (query, key, value))
+        output, pattern = self._own_function(module)(module, query, key, widest, mask, **kwargs)
+        return output[..., : value.shape[-1]], pattern
 
     def _own_function(self, module):
         if self.backend == "eager":
@@ -140,7 +162,9 @@ class Hook:
             raise InputError(f"{self.model_type}: give a (batch, pos) attention mask, not a prepared one")
         for name, what in (("s_aux", "attention sinks"), ("position_bias", "a position bias")):
             if kwargs.get(name) is not None:
-                raise InputError(f"{self.model_type} has {what}, which cannot be told by role; use another model")
+                raise InputError(
+                    f"{self.model_type} has {what}, which cannot be attributed to roles; use another model"
+                )
         if kwargs.get("softcap") is not None and self.steerings:
             raise InputError(f"{self.model_type} caps its attention scores and cannot be steered; use another model")
 
@@ -151,7 +175,7 @@ def at_width(tensor: Float[Tensor, "*axes _"], width: int, dtype: torch.dtype) -
 
 
 def widened(tensor: Float[Tensor, "*axes width"], *more: Float[Tensor, "*axes _"]) -> Float[Tensor, "*axes wider"]:
-    """More columns on the right, and zeros up to a multiple of 8, as fused kernels like it."""
+    """More columns on the right, and zeros up to a multiple of 8, the widths that fused kernels take."""
     width = tensor.shape[-1] + sum(columns.shape[-1] for columns in more)
     zeros = tensor.new_zeros(1).expand(*tensor.shape[:-1], -width % 8)
     return torch.cat([tensor, *more, zeros], dim=-1)
@@ -163,7 +187,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def registered(model: nn.Module) -> Iterator[Hook]:
-    """The model with our attention function, the one of the enclosing block where there is one."""
+    """The model with our attention function: that of the enclosing block if there is one."""
     model = unwrapped(model)
     backend = model.config._attn_implementation
     enclosing = ALL_ATTENTION_FUNCTIONS.get(backend)
@@ -186,7 +210,7 @@ def registered(model: nn.Module) -> Iterator[Hook]:
 
 @contextmanager
 def listed(those: list, one: Any) -> Iterator[None]:
-    """In the list for as long as the block runs."""
+    """Keeps one thing in the list while the block runs."""
     those.append(one)
     try:
         yield
@@ -195,7 +219,7 @@ def listed(those: list, one: Any) -> Iterator[None]:
 
 
 def checked(what: str, chosen: Sequence[int] | None, n: int) -> list[int]:
-    """The chosen indices in order, all where none were chosen."""
+    """The chosen indices in order; all if none were chosen."""
     for index in chosen or ():
         if not 0 <= index < n:
             raise InputError(f"{what} {index} does not exist here; give 0 to {n - 1}")
@@ -203,7 +227,7 @@ def checked(what: str, chosen: Sequence[int] | None, n: int) -> list[int]:
 
 
 def heads_table(model: nn.Module, chosen: Collection[Head] | None) -> Bool[Tensor, "layer head"]:
-    """True for the chosen heads; for all of them where none were chosen."""
+    """True for the chosen heads; for all of them if none were chosen."""
     config = model.config.get_text_config()
     table = torch.full((config.num_hidden_layers, config.num_attention_heads), chosen is None)
     for layer, head in chosen or ():
@@ -215,4 +239,4 @@ def heads_table(model: nn.Module, chosen: Collection[Head] | None) -> Bool[Tenso
 
 def check_batch(query: Tensor, batch: int) -> None:
     if query.shape[0] != batch:
-        raise InputError(f"the model was given {query.shape[0]} examples instead of {batch}; do without beams")
+        raise InputError(f"the model was given {query.shape[0]} examples instead of {batch}; generate without beams")

@@ -62,7 +62,7 @@ class HeadOutputs:
             raise InputError("nothing was recorded; call the model inside the record_outputs block")
         return torch.stack([self._found[layer] for layer in sorted(self._found)])
 
-    def hand_on(
+    def head_outputs(
         self, layer: int, own: Float[Tensor, "batch query_pos head width"], first_query: int
     ) -> Float[Tensor, "batch query_pos head width"]:
         """The heads' outputs, patched where there is a source, else noted and as they are."""

@@ -1,11 +1,11 @@
 """Record the fraction of attention that falls on each role, without the matrix of the pattern."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ctxlib.attention.hook import Hook, Stop, check_batch, checked, registered, unwrapped
+from ctxlib.attention.hook import FUSED_WIDTH, Hook, Stop, check_batch, checked, registered, unwrapped
 from ctxlib.params import InputError
 from ctxlib.roles import ROLES
 
 Rows = Int[Tensor, "batch row"] | Literal["last", "all"]
+Precision = Literal["model", "exact"]
 _BLOCK_ELEMENTS = 2**21  # float32 scores held at a time: 8 MB
+_BLOCK_ELEMENTS_CUDA = 2**23  # 32 MB: there, few large blocks are faster
+_ROUNDING = 2**-6  # sums of a row this near to one are one, but for the rounding of half precision
 
 
 @contextmanager
@@ -30,8 +33,9 @@ def record_allocation(
     turns: Int[Tensor, "batch pos"] | None = None,
     stop_after: int | None = None,
     names: Sequence[str] = ROLES,
+    precision: Precision = "model",
 ) -> Iterator["Recording"]:
-    r"""Record the fraction of attention that chosen query positions pay to each role, in float32.
+    r"""Record the fraction of attention that chosen query positions pay to each role, as float32.
 
     $$A_{r,h,q} = \sum_{k : \text{role}(k) = r} p_{h,q,k}, \qquad \sum_r A_{r,h,q} = 1$$
 
@@ -43,15 +47,24 @@ def record_allocation(
     follow as more rows (not for a table of positions), their tokens counted as the group "assistant", or as none if no
     group has that name.
 
-    Two ways, one result. A few rows are computed beside the model's own attention, whose output stays as it is. Where
-    more than half of the rows are wanted, the roles ride along as further columns of the values, in one float32 call:
-    the output then agrees with the unrecorded one to rounding (of half precision, in half precision).
+    There are two ways to compute it, with one result. A few rows are computed in float32, in addition to the model's
+    own attention, whose output stays as it is. If more than half of the rows are wanted, the roles become further
+    columns of the values, in the same fused call (`route` says which): the output then agrees with the unrecorded one
+    to rounding.
 
-    Raises InputError for ill-shaped input and for attention that cannot be told by role: attention sinks, position
-    biases, an encoder's that looks ahead, and a sliding window that has dropped keys from the cache; reading what was
-    recorded, for layers without attention, as hybrid models have them. Reference: Wang et al. 2024, section 2.2.
+    `precision` matters for the second way and models in half precision only. With "model" the sums are computed in the
+    model's dtype, by the fast kernels: in bfloat16 they are off by 2.5e-4 in the mean and by 0.004 at most, and each
+    row still sums to one. With "exact" they are computed in a float32 call of their own, off by 1e-6; on a GPU it takes
+    about 15 times as long as the attention itself.
+
+    Raises InputError for ill-shaped input and for attention that cannot be attributed to roles: attention sinks,
+    position biases, an encoder's that looks ahead, and a sliding window that has dropped keys from the cache; reading
+    what was recorded, for layers without attention, as hybrid models have them. Reference: Wang et al. 2024,
+    section 2.2.
     """
-    recording = Recording(model, roles, rows, layers, turns, stop_after, names)
+    if precision not in ("model", "exact"):
+        raise InputError(f"precision is {precision!r}; give 'model' or 'exact'")
+    recording = Recording(model, roles, rows, layers, turns, stop_after, names, precision)
     with ExitStack() as stack:
         hook = stack.enter_context(registered(model))
         if stop_after is not None:
@@ -67,6 +80,7 @@ def verify_recording(
     input_ids: Int[Tensor, "batch pos"],
     roles: Int[Tensor, "batch pos"],
     layers: Sequence[int] | None = None,
+    precision: Precision = "exact",
 ) -> float:
     """The largest absolute difference between the recorder and the model's own eager `output_attentions`.
 
@@ -82,7 +96,7 @@ def verify_recording(
     roles = roles.to(input_ids.device)
     inputs = {"input_ids": input_ids, "attention_mask": (roles >= 0).long(), "use_cache": False}
     with torch.inference_mode():
-        with record_allocation(model, roles, rows="all", layers=layers) as recording:
+        with record_allocation(model, roles, rows="all", layers=layers, precision=precision) as recording:
             model(**inputs)
         allocation = recording.allocation
         model.set_attn_implementation("eager")
@@ -100,10 +114,32 @@ def verify_recording(
         return (allocation - expected).abs().max().item()
 
 
+def route(model: nn.Module, n_groups: int = len(ROLES)) -> str:
+    """One line: how `record_allocation` computes all rows of this model, and what that costs.
+
+    n_groups: columns to record, roles times turns.
+    """
+    model = unwrapped(model)
+    config, half = model.config.get_text_config(), model.dtype in (torch.float16, torch.bfloat16)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = str(model.dtype).removeprefix("torch.")
+    if n_groups > head:
+        return f"beside the model's attention, in float32: {n_groups} groups are more than the {head} columns of a head"
+    if model.config._attn_implementation == "eager":
+        return "through the model's eager attention, which holds tokens × tokens per head: use short prompts"
+    wide = head + n_groups + -(head + n_groups) % 8
+    ways = f"one fused call in {dtype}, heads of {head} widened to {wide} by {n_groups} groups"
+    if wide > FUSED_WIDTH:
+        ways = f"two fused calls in {dtype}, as {wide} columns exceed {FUSED_WIDTH}: attention takes twice as long"
+    if half or model.device.type == "cpu":
+        return ways
+    return f"{ways}; no flash kernel takes {dtype}: about 15 times slower than bfloat16 (models.dtype)"
+
+
 class Recording:
     """Role allocations of one forward pass and of the decoding steps after it, on the device of `roles`."""
 
-    def __init__(self, model, roles, rows, layers, turns, stop_after, names=ROLES):
+    def __init__(self, model, roles, rows, layers, turns, stop_after, names=ROLES, precision="model"):
         if turns is not None and turns.shape != roles.shape:
             raise InputError(f"turns are {tuple(turns.shape)}, roles {tuple(roles.shape)}; give one turn a token")
         depth = model.config.get_text_config().num_hidden_layers
@@ -124,20 +160,25 @@ class Recording:
         generated = names.index("assistant") if "assistant" in names else None
         self._generated_group = torch.full_like(last_turn, -1) if generated is None else last_turn + generated
         self._follows = isinstance(rows, str)
-        self._rows = self._positions(rows)
+        self._every = self._follows and rows == "all"
+        self._exact = precision == "exact"
+        self._rows, self._reach = self._positions(rows)
+        self._call: tuple[tuple, _Call] | None = None
         self._steps: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
     @property
     def allocation(self) -> Float32[Tensor, "layer batch head row role"]:
         """Fraction of attention in [0, 1] on each role or group; rows in the order asked for, then decoding steps."""
-        return self.by_turn.sum(dim=-2)
+        return self.by_turn[..., 0, :] if self._n_turns == 1 else self.by_turn.sum(dim=-2)
 
     @property
     def by_turn(self) -> Float32[Tensor, "layer batch head row turn role"]:
-        """The same, split by the turn of the key; a single turn where no `turns` were given."""
+        """The same, split by the turn of the key; a single turn if no `turns` were given."""
         if missing := [layer for layer, steps in self._steps.items() if not steps]:
             raise InputError(self._why_not(missing))
-        grouped = torch.stack([torch.cat(steps, dim=2) for steps in self._steps.values()])
+        prompt, *later = (_closed(torch.stack(of_step)) for of_step in zip(*self._steps.values(), strict=True))
+        prompt.masked_fill_((self._rows < 0)[:, None, :, None], 0)
+        grouped = torch.cat([prompt, *later], dim=3) if later else prompt
         return grouped.unflatten(-1, (self._n_turns, self._n_groups))
 
     @property
@@ -156,18 +197,22 @@ class Recording:
             return f"{nothing}; use another model"
         return f"{nothing} in layers {missing}; choose one of {self.layers_with_attention}"
 
-    def _positions(self, rows) -> Int[Tensor, "batch row"]:
+    def _positions(self, rows) -> tuple[Int[Tensor, "batch row"], list[int]]:
+        """The positions, -1 for none and for padding; and the last one of each column, known without asking a GPU."""
         batch, length = self._prompt
         every = torch.arange(length, device=self._real.device).expand(batch, length)
         if isinstance(rows, Tensor):
             if rows.ndim != 2 or len(rows) != batch or (rows >= length).any() or (rows < -1).any():
                 raise InputError(f"rows must be a (batch, row) table of positions below {length}, or -1 for none")
-            return rows.to(every.device)
-        if not self._real.any(dim=1).all():
-            raise InputError("an example has no tokens: all of its roles are -1")
-        if rows not in ("last", "all"):
-            raise InputError(f"rows is {rows!r}; give 'last', 'all' or a table of positions")
-        return every if rows == "all" else every.where(self._real, -1).amax(dim=1, keepdim=True)
+            reach, positions = rows.amax(dim=0).tolist(), rows.to(every.device)
+        else:
+            if not self._real.any(dim=1).all():
+                raise InputError("an example has no tokens: all of its roles are -1")
+            if rows not in ("last", "all"):
+                raise InputError(f"rows is {rows!r}; give 'last', 'all' or a table of positions")
+            reach = list(range(length)) if rows == "all" else [length - 1]
+            positions = every if rows == "all" else every.where(self._real, -1).amax(dim=1, keepdim=True)
+        return positions.where(self._real.gather(1, positions.clamp(min=0)), -1), reach
 
     def wanted(self, layer: int, query: Tensor, key: Tensor, first_query: int) -> "_Wanted | None":
         """What is to be recorded of this call; None for nothing."""
@@ -181,39 +226,73 @@ class Recording:
             if queries != length:
                 raise InputError(f"the model was given {queries} positions, roles have {length}; keep the cache on")
             self._steps[layer].clear()
-            rows = self._rows.where(self._real.gather(1, self._rows.clamp(min=0)), -1)
         elif first_query < length:
             raise InputError("the prompt came in several chunks; record it in one forward pass")
-        elif self._follows:
-            rows = torch.arange(first_query, first_query + queries, device=self._real.device).expand(batch, -1)
-        else:
+        elif not self._follows:
             return None
-        later = self._generated_group.expand(-1, max(key.shape[2] - length, 0))
-        columns = _columns(torch.cat([self._group, later], dim=1), self._n_turns * self._n_groups)
-        index = (rows - first_query).clamp(min=0)
-        return _Wanted(self._steps[layer], rows, index.to(query.device), columns.to(query.device))
+        place = first_query, queries, key.shape[2], query.device
+        if self._call is None or self._call[0] != place:  # the layers of one pass share it
+            self._call = place, self._of_call(*place)
+        return _Wanted(self._steps[layer], self._rows.device, self._exact, *self._call[1])
+
+    def _of_call(self, first_query: int, queries: int, keys: int, device: torch.device) -> "_Call":
+        length = self._prompt[1]
+        later = self._generated_group.expand(-1, max(keys - length, 0))
+        columns = _columns(torch.cat([self._group, later], dim=1), self._n_turns * self._n_groups).to(device)
+        if first_query == 0:
+            index = None if self._every else self._rows.clamp(min=0).to(device)
+            return _Call(index, columns, len(self._reach), self._reach)
+        return _Call(None, columns, queries, list(range(first_query, first_query + queries)))
+
+
+class _Call(NamedTuple):
+    """What the layers of one pass share: places of the rows among the queries, None for all; the keys' groups."""
+
+    index: Int[Tensor, "batch row"] | None
+    columns: Float32[Tensor, "batch key_pos group"]
+    n_rows: int
+    reach: list[int]
 
 
 @dataclass(eq=False)
 class _Wanted:
-    """Rows of one attention call, -1 for none; their places among its queries; the groups of its keys, one-hot."""
+    """Rows of one attention call, and where their sums are kept."""
 
     kept: list[Tensor]
-    rows: Int[Tensor, "batch row"]
-    index: Int[Tensor, "batch row"]
+    device: torch.device
+    exact: bool
+    index: Int[Tensor, "batch row"] | None
     columns: Float32[Tensor, "batch key_pos group"]
+    n_rows: int
+    reach: list[int]
 
-    def keep(self, grouped: Float32[Tensor, "batch head row group"]) -> None:
-        self.kept.append(grouped.to(self.rows.device).where((self.rows >= 0)[:, None, :, None], 0))
+    def keep_chosen(self, grouped: Float[Tensor, "batch head query_pos group"]) -> None:
+        """The sums of all queries, of which the wanted rows are kept."""
+        if self.index is not None:
+            grouped = torch.take_along_dim(grouped, self.index[:, None, :, None], dim=2)
+        self.kept.append(grouped.to(self.device).contiguous())  # of a view, the whole output would be kept
 
     def compute(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
-        """Beside the model's own attention."""
-        self.keep(_grouped_pattern(query, key, mask, self.index, self.columns, scaling, softcap))
+        """In addition to the model's own attention."""
+        every = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
+        index = every if self.index is None else self.index
+        grouped = _grouped_pattern(query, key, mask, index, self.columns, scaling, softcap, self.reach)
+        self.kept.append(grouped.to(self.device))
 
     def rides(self, query: Tensor, value: Tensor) -> bool:
-        """Many rows and few groups: cheaper as more columns of the values than beside them."""
-        many = query.shape[2] > 1 and 2 * self.rows.shape[1] > query.shape[2]
+        """Many rows and few groups: cheaper as more columns of the values than in addition."""
+        many = query.shape[2] > 1 and 2 * self.n_rows > query.shape[2]
         return many and self.columns.shape[2] <= value.shape[3]
+
+
+def _closed(sums: Float[Tensor, "*axes group"]) -> Float32[Tensor, "*axes group"]:
+    """As float32; the largest sum of each row in half precision, which is rounded most, is one minus all others."""
+    if sums.dtype == torch.float32:
+        return sums
+    sums = sums.float()
+    missing = 1 - sums.sum(dim=-1, keepdim=True)
+    missing.masked_fill_(missing.abs() > _ROUNDING, 0)  # tokens without a group are seen, too
+    return sums.scatter_add_(-1, sums.argmax(dim=-1, keepdim=True), missing)
 
 
 def _columns(groups: Int[Tensor, "batch key_pos"], n: int) -> Float32[Tensor, "batch key_pos group"]:
@@ -230,18 +309,24 @@ def _grouped_pattern(
     columns: Float32[Tensor, "batch key_pos group"],
     scaling: float,
     softcap: float | None,
+    reach: Sequence[int] | None = None,
 ) -> Float32[Tensor, "batch head row group"]:
     """softmax(scores) @ columns for some rows of the pattern, in float32 and in blocks of rows.
 
     Rows count from the first query; without a mask the query at i sees keys 0..i, or all of them if it is the only one.
+    `reach` holds the last row of each column of `rows`, so that a GPU need not be asked for it.
     """
     batch, heads, queries, _ = query.shape
     keys = key.float().transpose(-1, -2)
+    reach = rows.amax(dim=0).tolist() if reach is None else reach
+    elements = _BLOCK_ELEMENTS if key.device.type == "cpu" else _BLOCK_ELEMENTS_CUDA
+    per_block = max(1, elements // (batch * heads * key.shape[2]))
+    causal = mask is None and queries > 1
     blocks = []
-    for block in rows.split(max(1, _BLOCK_ELEMENTS // (batch * heads * key.shape[2])), dim=1):
+    for number, block in enumerate(rows.split(per_block, dim=1)):
         index = block[:, None, :, None]
-        causal = mask is None and queries > 1
-        visible = int(block.max()) + 1 if causal else key.shape[2]
+        last = max(reach[number * per_block : (number + 1) * per_block])
+        visible = max(last, 0) + 1 if causal else key.shape[2]
         chosen = torch.take_along_dim(query, index, dim=2).float() * scaling
         scores = chosen.reshape(batch, key.shape[1], -1, chosen.shape[-1]) @ keys[..., :visible]
         scores = scores.view(batch, heads, -1, visible)
@@ -259,12 +344,12 @@ def _grouped_pattern(
 
 @contextmanager
 def _stoppable(model: nn.Module) -> Iterator[None]:
-    """The model, or its decoder, returns an empty output where a layer stopped the pass."""
+    """The model, or its decoder, returns an empty output if a layer stopped the pass."""
     model = unwrapped(model)
     inside = False
 
     def returning_early(forward, empty):
-        @wraps(forward)
+        @functools.wraps(forward)
         def stopped(*args, **kwargs):
             nonlocal inside
             if inside:

@@ -4,8 +4,10 @@ Options, defaults, choices and help texts are those of the sections of a params 
 `ctxlib.commands.settings`. A command imports what it needs only when it runs.
 """
 
+import errno
 import os
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +28,7 @@ from ctxlib.commands.options import (
     refuse_renamed,
     values,
 )
-from ctxlib.commands.reproduce import INPUT_ERROR_FILE
+from ctxlib.commands.reproduce import INPUT_ERROR_FILE, LEADER, end_with_leader, temporary_files
 from ctxlib.commands.reproduce import reproduce as run_all
 from ctxlib.commands.settings import Answering, Judge, ScoredRows, ScoreRun
 from ctxlib.params import (
@@ -40,6 +42,7 @@ from ctxlib.params import (
     Models,
     NotebookError,
     ScoreRule,
+    Seed,
     Variant,
     load_params,
 )
@@ -69,7 +72,12 @@ def run(
     """Execute one notebook and prove that every cell ran."""
     from ctxlib.commands.run import run_notebook
 
-    run_notebook(notebook, params, out, parse_overrides(overrides))
+    end_with_leader()
+    values_set = parse_overrides(overrides)
+    work = load_params(params, values_set).output_dir / "work"
+    # within `ctxlib reproduce` there is such a folder already
+    with nullcontext() if LEADER in os.environ else temporary_files(work / "tmp" / notebook.stem):
+        run_notebook(notebook, params, out, values_set)
 
 
 @app.command
@@ -242,7 +250,7 @@ def finetune(
     ] = None,
     loading: options(Loading, MODEL, "chat_template", "revision", "attention") = None,
     settings: options(Finetune, RUN) = None,
-    seed: Annotated[int, option("Of the order of the data and of new weights.", RUN)] = 42,
+    seed: Annotated[Seed, option("Of the order of the data and of new weights.", RUN)] = 42,
 ) -> None:
     """Fine-tune a model on your conversations, with or without the indicator.
 
@@ -295,22 +303,54 @@ def mt_bench(
 
 def main() -> None:
     """Runs the command of the command line and exits with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # of characters that the terminal does not have
     try:
-        refuse_renamed(sys.argv[1:])
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
-    except InputError as error:
-        if file := os.environ.get(INPUT_ERROR_FILE):
-            Path(file).write_text(str(error), encoding="utf-8")
+        try:
+            status = _status(sys.argv[1:])
+        except SystemExit as ended:
+            status = ended.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as in `ctxlib … | head`
+        _discard_output()
+        status = 128 + 13  # as a shell reports SIGPIPE
+    except OSError as error:
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.filename is None and not is_full:
+            raise
+        _discard_output()
+        what, remedy = (error.filename, "correct it, or its permissions") if not is_full else ("output", "make room")
+        print(f"{what}: {error.strerror}; {remedy}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)
+
+
+def _status(arguments: list[str]) -> int:
+    """Runs a command; its exit status. What is wrong is one line on stderr."""
+    report = os.environ.get(INPUT_ERROR_FILE)
+    try:
+        refuse_renamed(arguments)
+        app(arguments, exit_on_error=False, print_error=False)
+    except (InputError, CycloptsError, ValidationError) as error:
+        line = " ".join((str(error) if isinstance(error, InputError) else one_line(error)).splitlines())
+        if report:
+            Path(report).write_text(line, encoding="utf-8", errors="replace")
         else:
-            print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    except (CycloptsError, ValidationError) as error:
-        print(one_line(error), file=sys.stderr)
-        raise SystemExit(2) from None
+            print(line, file=sys.stderr)
+        return 2
     except NotebookError as error:
         print(error, file=sys.stderr)
-        raise SystemExit(1) from None
-    raise SystemExit(0)
+        if report:
+            Path(report).with_name("failed").touch()
+        return 1
+    return 0
+
+
+def _discard_output() -> None:
+    """Or the interpreter would try to write the rest at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

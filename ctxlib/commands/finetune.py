@@ -6,10 +6,11 @@ from typing import Any
 from rich.console import Console
 
 from ctxlib.conversations import load_conversations
+from ctxlib.files import check_writable
 from ctxlib.finetune import export_merged, finetune, is_main_process
 from ctxlib.miniature import model_source
 from ctxlib.models import load_tokenizer
-from ctxlib.params import Finetune, InputError
+from ctxlib.params import Finetune, InputError, expanded
 
 
 def train(
@@ -31,6 +32,10 @@ def train(
     Raises InputError for data without a mark if there is an indicator, for a `merged` that is impossible or exists
     already, and as `load_conversations`, `load_tokenizer` and `finetune` do.
     """
+    check_writable(expanded(out).parent)
+    merged = merged and expanded(merged)
+    if merged:
+        check_writable(merged.parent)
     model = model_source(name)
     corpus = load_conversations(data, on_bad_row=on_bad_row)
     marks = sum(message.indicated for conversation in corpus.conversations for message in conversation.messages)

@@ -73,6 +73,7 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
             raise InputError(f"--set {override}: expected key=value, such as --set needle.per_cell=2")
         try:
             parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set {override}: the value is not readable as YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: of a date
+            why = " ".join(str(error).split())[:100]
+            raise InputError(f"--set {override}: the value is not readable as YAML ({why}); quote it") from None
     return parsed

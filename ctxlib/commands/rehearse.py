@@ -1,7 +1,7 @@
-"""A params file's whole path, from end to end on small random models, before GPU hours are spent on it.
+"""An experiment from end to end on small random models, before GPU hours are spent on it.
 
-Data, chat template, tokenizers, indicator, readings, quantisation and method are the file's own; the models are random,
-the numbers of examples and steps small. That all of it runs says something, its results say nothing.
+Data, chat template, tokenizers, indicator, variants, quantisation and method are those of the params file; the models
+are random, the numbers of examples and steps small. A rehearsal shows that everything runs; its results mean nothing.
 """
 
 import json
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from ctxlib import experiment, indicator, scoring
 from ctxlib.commands.sources import find_model
+from ctxlib.files import check_writable
 from ctxlib.params import MODEL_ROLES, InputError, Params, load_params
 from ctxlib.results import write
 
@@ -46,7 +47,7 @@ AT_MOST = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is to be run: `params`, which stand in `params_file`, and what was made smaller, in lines for a person."""
+    """The experiment to run: `params`, written to `params_file`, and a description of everything that was reduced."""
 
     params_file: Path
     params: Params
@@ -59,12 +60,13 @@ def prepare(
     """Writes random models and a params file to `<outputs>/rehearsal-<experiment>`; called again, the same ones.
 
     Every model becomes a random one of its architecture (`shrunk`) with its own tokenizer. Configuration and tokenizer
-    come from the local folder, which needs no weights, or from the hub. Embedded models stay as they are; where
-    `models.instruct` is what 03 trains, it is left to 03. Numbers come down to `AT_MOST`; of the needles' lengths and
-    depths the least and the greatest stay; layers are scaled to the models; and the threshold is the median of the
-    scores, so that about half of the turns are marked. What `overrides` say stays so, the models apart.
+    come from the local folder, which needs no weights, or from the hub. Embedded models stay as they are; if
+    `models.instruct` is a model that 03 trains, 03 trains it here, too. Numbers are reduced to `AT_MOST`; of the
+    needles' lengths and depths the least and the greatest are kept; layers are scaled to the models; and the threshold
+    is the median of the scores, so that about half of the turns are marked. Values in `overrides` are kept, except the
+    models.
 
-    Raises InputError, before anything is written, for what `load_params` and `check_inputs` find, a layer that the full
+    Raises InputError, before anything is written, as `load_params` and `check_inputs` do, for a layer that the full
     model does not have, a tokenizer that does not load, and an architecture that cannot be made smaller; and,
     before any notebook runs, for bad conversations and bad questions on passages.
     """
@@ -72,7 +74,7 @@ def prepare(
     if written.evidence:
         raise InputError(f"{params_file}: evidence: its models are the miniature's, small already; run it as it is")
     overrides = {"finetune.epochs": None, "finetune.steps": _at_most("finetune.steps", written)} | overrides
-    elsewhere = ("outputs", "experiment")  # where the file's own results lie tells which models 03 trains
+    elsewhere = ("outputs", "experiment")  # the place of the file's own results decides which models 03 trains
     full = load_params(params_file, {key: value for key, value in overrides.items() if key not in elsewhere})
     trained = {which for which in MODEL_ROLES if full.trains(which)}
     like = {which: "pretrained" if which in trained else which for which in MODEL_ROLES}
@@ -86,6 +88,7 @@ def prepare(
     tokenizers = {which: experiment.tokenizer(full, like[which]) for which in made}
 
     name = f"rehearsal-{full.experiment}"
+    check_writable(full.path(overrides.get("outputs", full.outputs)))
     work = f"{overrides.get('outputs', full.outputs)}/{overrides.get('experiment', name)}/work"
     places = {f"models.{which}": f"{work}/random_models/{which}" for which in made}
     if "instruct" in trained:
@@ -98,7 +101,7 @@ def prepare(
     if "scoring.threshold" not in overrides:
         changes = {"scoring.threshold": _median_score(small)} | changes
         small = load_params(params_file, changes)
-    experiment.passage_questions(small)  # what is wrong with them would show after all training, in 04
+    experiment.passage_questions(small)  # or their faults would show only in 04, after all training
 
     file = small.output_dir / "params.yaml"
     content = f"# Written by ctxlib rehearse from {params_file}; its results mean nothing.\n"
@@ -110,10 +113,10 @@ def prepare(
 
 
 def shrunk(config: PreTrainedConfig, width: int, layers: int) -> PreTrainedConfig:
-    """The same architecture, at most so wide and deep; vocabulary, positions and query heads for a key head stay.
+    """The same architecture, at most so wide and deep; vocabulary, positions and query heads per key head are kept.
 
-    Two key heads stay of several. `width` is rounded up to what the heads divide.
-    Raises InputError where no model can be made of it.
+    At most two key heads are kept. `width` is rounded up to a multiple that the heads divide.
+    Raises InputError if no such model can be made.
     """
     small = deepcopy(config)
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -141,7 +144,7 @@ def shrunk(config: PreTrainedConfig, width: int, layers: int) -> PreTrainedConfi
 
 
 def summary(params: Params) -> Iterator[str]:
-    """The notebooks that ran: how long, how much memory it took, how many tables and figures; then where all is."""
+    """A table of the notebooks that ran (time, memory, tables, figures), and the folder of their results."""
     path = params.output_dir / "manifest.json"
     entries = json.loads(path.read_text(encoding="utf-8"))["notebooks"] if path.is_file() else {}
     rows = []
@@ -151,11 +154,11 @@ def summary(params: Params) -> Iterator[str]:
         counts = suffixes.count(".csv"), suffixes.count(".png")
         rows.append((name, f"{entry['wall_seconds']:.0f}", f"{entry['peak_memory_mib']:,}", *counts))
     yield tabulate(rows, ["ran", "seconds", "MiB", "tables", "figures"], tablefmt="plain", disable_numparse=True)
-    yield f"results, which mean nothing, and what was made for them: {params.output_dir}"
+    yield f"results (which mean nothing) and models: {params.output_dir}"
 
 
 def _fewer(params: Params) -> dict[str, Any]:
-    """What comes down, by key."""
+    """The reduced values, by key."""
     fewer: dict[str, Any] = {key: _at_most(key, params) for key in AT_MOST}
     fewer["threads"] = min(params.threads, os.cpu_count() or 1)
     for name in ("lengths", "depths"):
@@ -171,7 +174,7 @@ def _at_most(key: str, params: Params) -> int:
 
 
 def _scaled(params: Params, configs: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, int]:
-    """The layers that are looked at, by key, to the scale of the smaller models."""
+    """The layers of the settings, by key, scaled to the smaller models."""
     scaled = {}
     for key, which, layer in (
         ("allocation.layer", "instruct", params.allocation.layer),
@@ -197,7 +200,7 @@ def _write_model(params: Params, which: str, config: PreTrainedConfig, tokenizer
 
 
 def _median_score(params: Params) -> float:
-    """The threshold over which about half of the turns lie; 02 finds the scores that were made for it."""
+    """The threshold that about half of the turns exceed; 02 reuses the scores that were computed for it."""
     section = params.scoring
     torch.set_num_threads(params.threads)
     scores = scoring.score_corpus(

@@ -19,16 +19,15 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from ctxlib.files import disk_space, file_digest, write
-from ctxlib.params import InputError, NotebookError, Params, load_params
+from ctxlib.files import check_writable, disk_space, file_digest, write
+from ctxlib.params import InputError, NotebookError, Params, expanded, load_params
 from ctxlib.results import code_version, gather_claims, gather_evidence, short_path, to_json
 
 MEMORY_ADVICE = (
     "if memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
     "conversations.max_length; finished work is not repeated"
 )
-
-
+FEW_FILES = 128  # a kernel, its connections and the libraries need about 60
 PROGRESS_BAR = re.compile(r"^.*\d+%\|.*\| *\d+/\d+ .*\n?", re.MULTILINE)  # a line of tqdm
 
 
@@ -47,15 +46,19 @@ def run_notebook(
     Raises InputError for bad parameters, a missing notebook or folder, and for an InputError in a cell (nothing is
     left behind then); NotebookError when a cell fails or does not run.
     """
-    notebook = Path(notebook)
+    notebook = expanded(notebook)
     params = load_params(params_file, overrides)
     params.check_inputs()
     source = _read_notebook(notebook)
     name = notebook.stem
-    out_path = Path(out_path) if out_path else params.output_dir / f"{name}.ipynb"
+    out_path = expanded(out_path) if out_path else params.output_dir / f"{name}.ipynb"
     receipt = params.output_dir / "work" / "receipts" / f"{name}.json"
     running = out_path.with_name(f".{name}.running.ipynb")
     failed = out_path.with_name(f"{name}.failed.ipynb")
+    if out_path.is_dir():
+        raise InputError(f"{out_path}: is a folder; name a file for the executed notebook")
+    check_writable(out_path.parent)
+    check_writable(receipt.parent)
     receipt.unlink(missing_ok=True)
     made = [folder for folder in (out_path.parent, *out_path.parent.parents) if not folder.exists()]
     out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +95,7 @@ def run_notebook(
             running.replace(failed)
         _remove_empty(params.output_dir, made)
         if isinstance(error, DeadKernelError):
-            ended = "the kernel died, most likely out of memory"
-            raise NotebookError(f"{notebook}: {ended}; {MEMORY_ADVICE}; see {failed}") from None
+            raise NotebookError(f"{notebook}: {_death()}; see {failed}") from None
         raise
     running.unlink()
     executed.metadata.papermill |= {"input_path": short_path(params, notebook), "output_path": out_path.name}
@@ -103,6 +105,14 @@ def run_notebook(
     made_by = {"params": params.digest, "notebook": file_digest(notebook), "code": code_version(notebook.stem)}
     write(receipt, to_json(made_by))
     return out_path
+
+
+def _death() -> str:
+    """The likely reason for which a kernel died."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < FEW_FILES:
+        return f"the kernel died, most likely since only {files} files may be open (ulimit -n); set ulimit -n 1024"
+    return f"the kernel died, most likely out of memory; {MEMORY_ADVICE}"
 
 
 def _read_notebook(notebook: Path) -> NotebookNode:

@@ -25,12 +25,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.commands.settings import ScoredRows, ScoreRun
 from ctxlib.conversations import Corpus, data_files, load_conversations, save_conversations
-from ctxlib.files import digest, file_digest, write
+from ctxlib.files import check_writable, digest, file_digest, write
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
 from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
-from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, Variant, locate, nowhere
+from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, Variant, expanded, locate, nowhere
 from ctxlib.results import to_json
 from ctxlib.scoring import (
     answered_turns,
@@ -133,8 +133,8 @@ class Prepared:
         Raises InputError for a folder that cannot be written or holds the data, for a model that is not loadable or
         whose attention cannot be recorded, for a score that is not a number, and when no turn could be scored.
         """
-        folder, settings = Path(folder), self.settings
-        self._make(folder)
+        folder, settings = expanded(folder), self.settings
+        self._check(folder)
         model = load_model(
             model_source(settings.model),
             dtype=settings.dtype,
@@ -184,13 +184,10 @@ class Prepared:
         write(folder / "scores.json", to_json(manifest))
         return Run(manifest, scores, [], tokens, seconds)
 
-    def _make(self, folder: Path) -> None:
-        if folder.resolve() == Path(self.settings.data).expanduser().resolve():
+    def _check(self, folder: Path) -> None:
+        if folder.resolve() == expanded(self.settings.data).resolve():
             raise InputError(f"{folder}: is where the data are; choose another folder for the scores")
-        try:
-            (folder / "parts").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: no folder to write the scores to: {error.strerror}; choose another") from error
+        check_writable(folder / "parts")
 
     def _missing(self, parts: Path, shares: int) -> list[Share]:
         """The shares that have missing parts."""
@@ -305,7 +302,7 @@ def read_scores(folder: str | Path) -> tuple[pd.DataFrame, Settings, dict[str, A
 
     Raises InputError if they are missing, unreadable or do not belong together.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     again = f"run 'ctxlib score … --out {folder}' (again)"
     if not (folder / "scores.json").is_file() or not (folder / "scores.parquet").is_file():
         raise InputError(f"{folder}: no complete scores (scores.json and scores.parquet); {again}")
@@ -353,14 +350,13 @@ def mark_data(
     settings = settings.changed(data=data or settings.data)
     place = locate(settings.data)
     if place == "nowhere":
-        raise InputError(
-            nowhere(settings.data, f"it holds the data that {folder} has scores of: name its new place (data)")
-        )
+        remedy = f"{folder} holds the scores of these data: give their new place (data)"
+        raise InputError(nowhere(settings.data, remedy))
     changed = f"{settings.data}: not the data that {folder} holds scores of; bring these back, or score the new data"
     if sorted(_file_digests(settings.data).values()) != sorted(manifest["data_sha256"].values()):
         raise InputError(changed)
     sources = [] if place == "hub" else data_files(settings.data)
-    if Path(out).resolve() in [path.resolve() for path in (Path(folder) / "scores.parquet", *sources)]:
+    if expanded(out).resolve() in [path.resolve() for path in (expanded(folder) / "scores.parquet", *sources)]:
         raise InputError(f"{out}: the marks are made from this file; choose another name")
     corpus = settings.load_data()
     if corpus_hash(corpus) != manifest["identity"]["conversations"]:

@@ -12,7 +12,7 @@ from ctxlib.conversations.formats import FORMATS, conversation_of, format_of, gi
 from ctxlib.conversations.sources import BadRow, rows
 from ctxlib.conversations.types import Conversation, Corpus, Message, no_rows
 from ctxlib.files import replacing
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 
 REFUSALS = (  # as in the public "unfiltered" cleanings of ShareGPT and WizardLM
     "as an ai language model",
@@ -194,7 +194,7 @@ def save_conversations(corpus: Corpus, path: str | Path) -> None:
 
     Raises InputError for another suffix than .jsonl, .json or .parquet, and if the disk is full.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise InputError(f"{path}: expected the name of a .jsonl, .json or .parquet file")
     rows = [

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet
 
 from ctxlib.files import AGAIN, check_is_itself, hub_remedy, one_line, parse_json, read_json
-from ctxlib.params import InputError, locate, nowhere
+from ctxlib.params import InputError, expanded, locate, nowhere
 
 # Files of a folder that hold no data: what describes a dataset, and what systems leave.
 _NO_DATA = {
@@ -56,7 +56,7 @@ def data_files(source: str | Path) -> list[Path]:
     Suffixes count in any case, hidden files do not. Raises InputError if there are none, and for a folder that holds
     other data besides (folders, tables, archives), which would be left out.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         raise InputError(nowhere(source))
     kinds = ", ".join(_READERS)

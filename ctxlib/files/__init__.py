@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, files that were fetched, and hashes."""
 
-from ctxlib.files.atomic import JsonLines, disk_space, replacing, write
+from ctxlib.files.atomic import JsonLines, check_writable, disk_space, folder_for_now, make_folder, replacing, write
 from ctxlib.files.downloads import (
     AGAIN,
     check_is_itself,
@@ -19,10 +19,13 @@ __all__ = [
     "JsonLines",
     "check_is_itself",
     "check_safetensors",
+    "check_writable",
     "digest",
     "disk_space",
     "file_digest",
+    "folder_for_now",
     "hub_remedy",
+    "make_folder",
     "one_line",
     "parse_json",
     "read_json",

@@ -4,20 +4,22 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Writes beside the place and renames, so that a reader sees the old file or the new one and never a part."""
+    """Writes next to the place and renames, so that a reader sees the old file or the new one and never a part."""
     with replacing(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -25,24 +27,97 @@ def write(path: Path, content: str | bytes) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`: renamed at the end of the block, removed where it raises.
+    """A place to write the new content of `path`: renamed to it at the end of the block, removed if the block raises.
 
-    For what is too large to be held as one text; the folder is made if need be. Raises InputError where the disk is
-    full; the old file stays.
+    For content that is too large for one text in memory; the folder is made if need be. Files that killed processes of
+    this machine left in the folder are removed. Raises InputError if `path` is a folder, cannot be written, or the disk
+    is full; the old file stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file to write")
+    beside = path.with_name(f".{path.name}{_OURS}{os.getpid()}")
     try:
         with disk_space(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
+            _remove_left_behind(path.parent)
             yield beside
             beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
+_OURS = f".{platform.node()}-"  # a process id says nothing about the processes of another machine
+
+
+def _remove_left_behind(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        pid = entry.name.rpartition(_OURS)[2]
+        if entry.name.startswith(".") and _OURS in entry.name and pid.isdecimal() and not _is_alive(int(pid)):
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it. Raises InputError if that is impossible, and nothing is left of it then."""
+    made = _absent(expanded(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(made)
+        if error.errno in FULL:
+            raise
+        why = "a file is in its place" if error.errno in (errno.EEXIST, errno.ENOTDIR) else error.strerror
+        raise InputError(f"{folder}: no folder to write to ({why}); choose another") from error
+
+
+@contextmanager
+def folder_for_now(folder: Path) -> Iterator[None]:
+    """A folder that exists in the block; those that had to be made for it are removed at the end if they are empty."""
+    made = _absent(expanded(folder))
+    make_folder(folder)
+    try:
+        yield
+    finally:
+        _remove_empty(made)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError unless files can be written to a folder, before expensive work.
+
+    The folder need not exist; nothing is left of the trial.
+    """
+    try:
+        with folder_for_now(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileNotFoundError:
+        pass  # another process tried the same folder, and removed it: it can be written
+    except OSError as error:
+        raise InputError(f"{folder}: no folder to write to ({error.strerror}); choose another") from error
+
+
+def _absent(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist, the innermost first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 @contextmanager
 def disk_space(path: Path) -> Iterator[None]:
-    """Raises InputError that names `path` and the remedy where writing there fails for want of room on the disk."""
+    """Raises InputError that names `path` and the remedy if writing there fails because the disk is full."""
     try:
         yield
     except InputError:
@@ -73,17 +148,18 @@ def _reason(error: BaseException) -> str:
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, appended as they come; several processes may do so at once.
+    """A file of JSON objects, one per line, appended as they come; several processes may do so at once.
 
-    Each line is written under the file's lock. What a process that was killed left of its last line is taken away by
-    the next one that appends, and a line of which `check` raises ValueError, KeyError, TypeError or IndexError is left
-    out of `rows`; a warning tells how many were.
+    Each line is written under the file's lock. The next process that appends removes the unfinished last line of a
+    killed one. A line for which `check` raises ValueError, KeyError, TypeError or IndexError is left out of `rows`,
+    with a warning that counts them.
     """
 
     def __init__(self, path: Path, check: Callable[[dict[str, Any]], Any]) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_space(path):
+            make_folder(path.parent)
         damaged = []
         lines = self._finished_lines() if path.exists() else []
         for number, line in enumerate(lines, start=1):
@@ -96,7 +172,7 @@ class JsonLines:
                 damaged.append(str(number))
         if damaged:
             which = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {', '.join(damaged)} are"
-            warnings.warn(f"{path}: {which} damaged and left out; delete what is damaged", stacklevel=3)
+            warnings.warn(f"{path}: {which} damaged and left out; delete the damaged lines", stacklevel=3)
 
     def _finished_lines(self) -> list[bytes]:
         with self.path.open("rb") as file:
@@ -104,7 +180,7 @@ class JsonLines:
             return file.read().rpartition(b"\n")[0].split(b"\n")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Raises InputError where the disk is full; the lines before stay."""
+        """Raises InputError if the disk is full; the lines before stay."""
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with disk_space(self.path), self.path.open("a+b") as file:
             _lock(file, fcntl.LOCK_EX)

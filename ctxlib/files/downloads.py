@@ -1,4 +1,4 @@
-"""Files that were fetched: what a download that went wrong left in their place, and what the hub refuses."""
+"""Fetched files: the remains of failed downloads, and refusals of the hub."""
 
 import json
 import socket
@@ -15,9 +15,15 @@ AGAIN = "fetch it again"
 
 
 def check_is_itself(path: Path) -> None:
-    """Raises InputError where a Git-LFS pointer or a web page lies in the place of a file; a file may be absent."""
-    if not path.is_file():
+    """Raises InputError for a Git-LFS pointer, a web page, a folder, pipe or device in place of a file.
+
+    The file may be absent. Nothing but a regular file is opened: reading a pipe or a device may never end.
+    """
+    if not path.exists():
         return
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe, socket or device"
+        raise InputError(f"{path}: not a regular file but {what}; name a file")
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -27,7 +33,7 @@ def check_is_itself(path: Path) -> None:
 
 
 def read_text(path: Path, remedy: str = AGAIN) -> str:
-    """What a text file holds, without a byte order mark.
+    """The content of a text file, without a byte order mark.
 
     Raises InputError, naming the file and ending with the `remedy`, for one that is absent, unreadable, cut within
     a character, not UTF-8, or something else that was saved under its name.
@@ -47,19 +53,19 @@ def read_text(path: Path, remedy: str = AGAIN) -> str:
 
 
 def read_json(path: Path, remedy: str = AGAIN) -> Any:
-    """What a JSON file holds; InputError as `read_text`, and with line and column if it is malformed or cut short."""
+    """The content of a JSON file; InputError as `read_text`, and with line and column if it is malformed or cut short."""
     return parse_json(read_text(path, remedy), path, remedy)
 
 
 def parse_json(text: str, path: Path, remedy: str = AGAIN) -> Any:
-    """What the text of a JSON file holds; InputError as `read_json`."""
+    """The value that a JSON text spells; InputError as `read_json`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         if not text.strip():
             raise InputError(f"{path}: empty; {remedy}") from error
         hint = "" if text.rstrip().endswith(("]", "}")) else "; the file seems cut short"
-        hint = "; one row a line belongs in a .jsonl file" if error.msg == "Extra data" else hint
+        hint = "; one row per line belongs in a .jsonl file" if error.msg == "Extra data" else hint
         why = f"{error.msg}, column {error.colno}"
         raise InputError(f"{path}, line {error.lineno}: malformed JSON ({why}){hint}; {remedy}") from error
     except (ValueError, RecursionError) as error:
@@ -67,7 +73,7 @@ def parse_json(text: str, path: Path, remedy: str = AGAIN) -> Any:
 
 
 def read_json_object(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
-    """Keys and values of a JSON file; InputError as `read_json`, and where it holds something else than an object."""
+    """Keys and values of a JSON file; InputError as `read_json`, and if it holds anything but an object."""
     content = read_json(path, remedy)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values in {{ }}, found {type(content).__name__}; {remedy}")
@@ -75,7 +81,7 @@ def read_json_object(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
 
 
 def check_safetensors(paths: Iterable[Path]) -> None:
-    """Raises InputError for a file of weights that is absent, cut short or something else; reads only their headers."""
+    """Raises InputError for a file of weights that is absent, cut short or no such file; reads only the headers."""
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: this file of the weights is missing; {AGAIN}")
@@ -89,9 +95,9 @@ def check_safetensors(paths: Iterable[Path]) -> None:
 
 
 def hub_remedy(name: str, kind: Literal["model", "dataset"], revision: str | None, error: BaseException) -> str:
-    """Why the hub did not give a model or dataset, and what to do about it, in a few words that name its page."""
+    """Why the hub did not deliver a model or dataset, and the remedy, in a few words that name its page."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    causes, said = list(_causes(error)), str(error)  # datasets tells some of its causes only in words
+    causes, said = list(_causes(error)), str(error)  # datasets gives some of its causes only in words
 
     def is_one(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
@@ -103,7 +109,7 @@ def hub_remedy(name: str, kind: Literal["model", "dataset"], revision: str | Non
     if is_one(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in said:
         return f"the hub shows no such {kind}: see {page}; correct the name or, if it is private: hf auth login"
     if is_one(ConnectionError, TimeoutError, socket.gaierror, errors.LocalEntryNotFoundError):
-        return f"the hub cannot be reached, and what it holds is not in the cache; try again online ({page})"
+        return f"the hub cannot be reached, and the files are not in the cache; try again online ({page})"
     return f"see {page}"
 
 

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from ctxlib.files import disk_space
+from ctxlib.files import check_writable, disk_space
 from ctxlib.models import is_adapter, load_model, load_tokenizer
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a Llama
 
@@ -77,11 +77,12 @@ def export_merged(adapter: str | Path, out_dir: str | Path, *, dtype: str = "flo
     differs from the trained one by the quantisation error.
     Raises InputError if there is no adapter, or `out_dir` exists already.
     """
-    out_dir = Path(out_dir).expanduser()
+    out_dir = expanded(out_dir)
     if not is_adapter(adapter):
         raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
     if out_dir.exists():
         raise InputError(f"{out_dir}: exists already; choose another folder for the merged model")
+    check_writable(out_dir.parent)
     part = out_dir.with_name(f"{out_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     merged = load_model(adapter, dtype=dtype, device="cpu").merge_and_unload()

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from ctxlib.conversations import Conversation
-from ctxlib.files import disk_space, read_json_object
+from ctxlib.files import check_writable, disk_space, read_json_object
 from ctxlib.finetune.adapters import add_lora, frozen_rows
 from ctxlib.finetune.checkpoints import last_checkpoint
 from ctxlib.finetune.labels import (
@@ -38,19 +39,23 @@ from ctxlib.finetune.labels import (
     training_examples,
     training_order,
 )
+from ctxlib.finetune.loss import chunked_loss
 from ctxlib.models import (
+    BASE_FROM_HERE,
     add_indicator_token,
     is_adapter,
+    is_local,
     load_model,
     memory_advice,
     model_hash,
     require_chat_template,
     set_indicator_row,
 )
-from ctxlib.params import Finetune, InputError
+from ctxlib.params import Finetune, InputError, expanded
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 LOG_EVERY = 10
+MANY = 1024  # a smaller batch may exceed the data: it is filled up from the first conversations
 _LESS_MEMORY = (
     "finetune.gradient_checkpointing to true, finetune.batch_size down with finetune.gradient_accumulation up, or "
     "conversations.max_length down (changing batch size or length starts the training over)"
@@ -79,7 +84,8 @@ def finetune(
         takes `batch_size * gradient_accumulation` conversations, times the number of processes under `accelerate
         launch` (the last step is filled up from the first conversations there). `group_by_length` puts conversations of
         similar length into one batch, the batches themselves in random order. `packing` lays a batch out as one row
-        without padding (`labels.pack`); the loss is the same up to rounding. `gradient_checkpointing` computes
+        without padding (`labels.pack`); the loss is the same up to rounding; None: only on CUDA, and only if the model
+        keeps packed conversations apart (`labels.packs_exactly`). `gradient_checkpointing` computes
         activations twice to store fewer; None: only on CUDA, where the optimiser also pages its states and the
         arithmetic is bfloat16.
     indicator: if given, user messages with `indicated=True` end in that token, which is added to a copy of the
@@ -97,8 +103,9 @@ def finetune(
     row; mean loss per supervised token in nats); its `attrs` hold the counts of `training_examples` and the
     `config_hash`.
 
-    Raises InputError for data without labels, an `out_dir` that holds something else, and a model that mixes packed
-    conversations, before anything is written; later if memory or disk are full.
+    Raises InputError for data without labels, an `out_dir` that holds something else or cannot be written, a batch of
+    more conversations than there are, and a model that mixes packed conversations, before anything is written; later
+    if memory or disk are full, and if loss, gradients or weights are no longer numbers (see `train`).
     """
     if freeze_indicator and (indicator is None or settings.method == "full"):
         raise InputError("finetune: freeze_indicator needs an indicator, and lora or qlora; 'full' trains every row")
@@ -109,7 +116,10 @@ def finetune(
     # every value that can change the result: so not how often a checkpoint is written, nor what saves memory
     recorded = settings.model_dump(exclude={"save_every", "gradient_checkpointing"})
     recorded |= {"indicator": indicator, "freeze_indicator": freeze_indicator, "max_length": max_length, "seed": seed}
-    recorded |= {"processes": processes.num_processes}
+    recorded |= {
+        "processes": processes.num_processes,
+        "packing": settings.packing or (settings.packing is None and cuda),
+    }
     tokenizer, n_tokens = deepcopy(tokenizer), len(tokenizer)
     indicator_id = None if indicator is None else add_indicator_token(tokenizer, indicator)
     examples, counts = training_examples(
@@ -117,7 +127,13 @@ def finetune(
     )
     if console is not None and processes.is_main_process:
         audit(tokenizer, examples, counts, console, indicator_id)
-    out_dir = Path(out_dir).expanduser()
+    if settings.batch_size > max(len(examples), MANY):
+        raise InputError(
+            f"finetune.batch_size: {settings.batch_size:,}, but there are only {len(examples):,} conversations with "
+            "something to learn; lower it (--batch-size)"
+        )
+    out_dir = expanded(out_dir)
+    check_writable(out_dir.parent)
     config_hash = _config_hash(model_hash(model_path, revision=revision), tokenizer, examples, recorded)
     if (finished := _finished_log(out_dir, config_hash)) is not None:
         return finished
@@ -149,8 +165,10 @@ def finetune(
         )
     shortest = sorted(examples, key=lambda example: len(example.input_ids))[:2]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    if settings.packing and not packs_exactly(model, shortest, tolerance):
+    packing = recorded["packing"] and packs_exactly(model, shortest, tolerance)
+    if settings.packing and not packing:
         raise InputError(f"{model_path}: this model mixes conversations that are packed into one row; packing: false")
+    settings = settings.model_copy(update={"packing": packing})
     frozen = []
     if settings.method != "full":
         lora = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
@@ -174,11 +192,19 @@ def finetune(
             model.save_pretrained(result)
             tokenizer.save_pretrained(result)
             log.to_csv(result / "loss.csv", index=False)
-            _write_json(result / "finetune.json", {**log.attrs, **recorded})
+            base = _as_seen_from(out_dir, model_path)
+            _write_json(result / "finetune.json", {**log.attrs, **recorded, **base})
         _move_into_place(result, out_dir)
         shutil.rmtree(work_dir)
     processes.wait_for_everyone()
     return log
+
+
+def _as_seen_from(out_dir: Path, model_path: str | Path) -> dict[str, str]:
+    """`base_from_here`: the relative path of a local base model, by which a moved project folder finds it again."""
+    if not is_local(model_path):
+        return {}
+    return {BASE_FROM_HERE: os.path.relpath(expanded(model_path).resolve(), out_dir.resolve())}
 
 
 def is_main_process() -> bool:
@@ -236,7 +262,8 @@ def make_trainer(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or Trainer would multiply the batch by the number of GPUs
     collator = pack if settings.packing else partial(collate, pad_id=pad_id)
-    trainer = Trainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collator)
+    trainer = _Trainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collator)
+    trainer.add_callback(_StaysFinite())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -244,19 +271,69 @@ def make_trainer(
 def train(trainer: Trainer) -> None:
     """Trains, from the last whole checkpoint if there is one; on a CPU the result is the same to the bit.
 
-    Damaged checkpoints are removed, with a warning. Raises InputError if memory or disk are full; the checkpoint before
-    stays.
+    Damaged checkpoints are removed, with a warning. Raises InputError if memory or disk are full, or if loss, gradients
+    or weights are no longer finite: on a CPU at once, on a GPU at the next logged step, which is never after a
+    checkpoint. The checkpoint before stays.
     """
     work_dir = Path(trainer.args.output_dir)
     checkpoint = last_checkpoint(work_dir, tidy=trainer.is_world_process_zero())
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic or not torch.cuda.is_available())
     try:
-        with disk_space(work_dir), memory_advice(_LESS_MEMORY, work_dir):
+        rows = trainer.train_dataset
+        most_tokens = trainer.args.per_device_train_batch_size * max(len(row.input_ids) for row in rows)
+        with (
+            disk_space(work_dir),
+            memory_advice(_LESS_MEMORY, work_dir),
+            chunked_loss(trainer.model, most_tokens, rows[0]),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
+            _check_weights_are_finite(trainer.model, trainer.state.global_step)
     finally:
         torch.use_deterministic_algorithms(deterministic)
     trainer.model.config.use_cache = True
+
+
+class _Trainer(Trainer):
+    """Stops at the first loss that is not finite, where looking at it costs no synchronisation."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            raise _not_finite(f"the loss is {loss.item()}", self.state.global_step + 1, self.model)
+        return loss
+
+
+class _StaysFinite(TrainerCallback):
+    """Stops at the first logged loss or gradient norm that is not finite: before the weights are saved."""
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if name in (logs or {}) and not math.isfinite(logs[name]):
+                raise _not_finite(f"{name} is {logs[name]}", state.global_step, model)
+
+
+def _not_finite(what: str, step: int, model: torch.nn.Module) -> InputError:
+    if step == 1 and (name := next(_not_finite_weights(model), None)):
+        return InputError(
+            f"training stopped at step {step}: {what}, since the model's weight {name} holds values that are no "
+            "numbers; fetch the model again, or take another"
+        )
+    return InputError(
+        f"training stopped at step {step}: {what}; lower finetune.learning_rate or finetune.max_grad_norm, or load the "
+        "model in float32; the last checkpoint is kept"
+    )
+
+
+def _check_weights_are_finite(model: torch.nn.Module, step: int) -> None:
+    if name := next(_not_finite_weights(model), None):
+        raise _not_finite(f"the weight {name} is no longer finite", step, model)
+
+
+def _not_finite_weights(model: torch.nn.Module) -> Iterator[str]:
+    return (
+        name for name, weight in model.named_parameters() if weight.is_floating_point() and not weight.isfinite().all()
+    )
 
 
 class _Progress(TrainerCallback):
@@ -296,6 +373,8 @@ def _finished_log(out_dir: Path, config_hash: str) -> pd.DataFrame | None:
     """The log of a finished run of the same configuration; None if there is none, or one of another configuration."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
+    if not out_dir.is_dir():
+        raise InputError(f"{out_dir}: a file; name a folder for the fine-tuned model")
     try:
         record = read_json_object(out_dir / "finetune.json")
         log = pd.read_csv(out_dir / "loss.csv")

@@ -11,6 +11,7 @@ from ctxlib.models.door import (
 )
 from ctxlib.models.embeddings import add_indicator, add_indicator_token, embedding_changes, set_indicator_row
 from ctxlib.models.folders import (
+    BASE_FROM_HERE,
     TOKENIZER_FILES,
     adapter_base,
     check_weights,
@@ -21,6 +22,7 @@ from ctxlib.models.folders import (
 )
 
 __all__ = [
+    "BASE_FROM_HERE",
     "DTYPES",
     "TOKENIZER_FILES",
     "Subject",

@@ -44,7 +44,7 @@ from ctxlib.models.folders import (
     is_local,
     source,
 )
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 from ctxlib.roles import Contents, render
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -186,7 +186,7 @@ def _check_fits(tokenizer: PreTrainedTokenizerBase, path: str | Path, revision: 
 
 def _vocabulary_size(path: str | Path, revision: str | None) -> int | None:
     """Rows of the embeddings as the configuration has them; None where there is no readable configuration."""
-    if is_local(path) and not (Path(path).expanduser() / "config.json").is_file():
+    if is_local(path) and not (expanded(path) / "config.json").is_file():
         return None
     try:
         return load_config(path, revision=revision).vocab_size
@@ -347,7 +347,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path)
     except InputError as error:
         raise InputError(f"{error} (adapter for {path})") from error
     if is_local(adapter):
-        _check_adapter_is_read(laid, Path(adapter).expanduser() / "adapter_model.safetensors", path)
+        _check_adapter_is_read(laid, expanded(adapter) / "adapter_model.safetensors", path)
     return laid
 
 
@@ -370,6 +370,6 @@ def _template_text(template: str | Path) -> str:
     if isinstance(template, str) and ("{{" in template or "{%" in template):
         return template
     try:
-        return read_text(Path(template).expanduser(), "correct the path, or repair the file")
+        return read_text(expanded(template), "correct the path, or repair the file")
     except InputError as error:
         raise InputError(f"chat template not readable: {error}") from error

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ctxlib.files import check_is_itself, check_safetensors, read_json_object
-from ctxlib.params import InputError, locate, nowhere
+from ctxlib.params import InputError, expanded, locate, nowhere
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+BASE_FROM_HERE = "base_from_here"  # key of finetune.json: the base as seen from the adapter
 
 
 def is_local(path: str | Path) -> bool:
@@ -18,7 +20,7 @@ def is_local(path: str | Path) -> bool:
 
 def is_adapter(path: str | Path) -> bool:
     """True for a local folder that holds a peft adapter."""
-    return is_local(path) and (Path(path).expanduser() / "adapter_config.json").is_file()
+    return is_local(path) and (expanded(path) / "adapter_config.json").is_file()
 
 
 def trained_over(path: str | Path) -> str | None:
@@ -28,7 +30,7 @@ def trained_over(path: str | Path) -> str | None:
 
 def _record(adapter: str | Path) -> dict[str, Any]:
     """What `finetune` wrote about a training; nothing for an adapter that came from elsewhere."""
-    file = Path(adapter).expanduser() / "finetune.json"
+    file = expanded(adapter) / "finetune.json"
     return read_json_object(file) if file.is_file() else {}
 
 
@@ -50,10 +52,10 @@ def _base_of(adapter: str | Path) -> tuple[str, str | None]:
     """
     config = _adapter_config(adapter)
     base = config["base_model_name_or_path"]
-    if is_local(base) and not Path(base).expanduser().exists():
-        moved = _record(adapter).get("base_from_here")
-        if isinstance(moved, str) and (Path(adapter).expanduser() / moved / "config.json").is_file():
-            return str((Path(adapter).expanduser() / moved).resolve()), None
+    if is_local(base) and not expanded(base).exists():
+        moved = _record(adapter).get(BASE_FROM_HERE)
+        if isinstance(moved, str) and (expanded(adapter) / moved / "config.json").is_file():
+            return str((expanded(adapter) / moved).resolve()), None
         raise InputError(
             f"{adapter}/adapter_config.json: base_model_name_or_path: "
             + nowhere(base, "the adapter was trained on it: put that model there, or correct the key")
@@ -62,7 +64,7 @@ def _base_of(adapter: str | Path) -> tuple[str, str | None]:
 
 
 def _adapter_config(adapter: str | Path) -> dict[str, Any]:
-    file = Path(adapter).expanduser() / "adapter_config.json"
+    file = expanded(adapter) / "adapter_config.json"
     config = read_json_object(file)
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise InputError(f"{file}: not the configuration of an adapter: it names no base_model_name_or_path")
@@ -114,7 +116,7 @@ def check_adapter_files(adapter: str | Path) -> None:
     if not is_adapter(adapter):
         raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing)")
     _adapter_config(adapter)
-    check_safetensors([Path(adapter).expanduser() / "adapter_model.safetensors"])
+    check_safetensors([expanded(adapter) / "adapter_model.safetensors"])
 
 
 def check_tokenizer_files(path: str | Path, *, required: bool = True) -> bool:
@@ -142,7 +144,7 @@ def check_tokenizer_files(path: str | Path, *, required: bool = True) -> bool:
 
 
 def _folder(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.exists():
         raise InputError(nowhere(path))
     if not folder.is_dir():
@@ -152,7 +154,7 @@ def _folder(path: str | Path) -> Path:
 
 def source(path: str | Path) -> str:
     """Absolute where local: it is what an adapter remembers as its base, wherever it is loaded from."""
-    return str(Path(path).expanduser().resolve()) if is_local(path) else str(path)
+    return str(expanded(path).resolve()) if is_local(path) else str(path)
 
 
 def model_hash(path: str | Path, *, revision: str | None = None) -> str:
@@ -174,6 +176,10 @@ def model_hash(path: str | Path, *, revision: str | None = None) -> str:
             config = {key: value for key, value in _adapter_config(path).items() if key != "base_model_name_or_path"}
             digest.update(json.dumps(config, sort_keys=True).encode())
             digest.update(model_hash(base, revision=revision).encode())
+        elif file.name == "finetune.json" and BASE_FROM_HERE in (record := read_json_object(file)):
+            # where the base lies is no content; the rest as it is written without it
+            del record[BASE_FROM_HERE]
+            digest.update(hashlib.sha256(f"{json.dumps(record, indent=2, sort_keys=True)}\n".encode()).digest())
         else:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

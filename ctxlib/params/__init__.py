@@ -10,7 +10,7 @@ from ctxlib.params.loading import (
     known_keys,
     load_params,
 )
-from ctxlib.params.locating import DATA_SUFFIXES, EMBEDDED, Place, locate, nowhere
+from ctxlib.params.locating import DATA_SUFFIXES, EMBEDDED, Place, expanded, locate, nowhere
 from ctxlib.params.sections import (
     Allocation,
     Bootstrap,
@@ -75,6 +75,7 @@ __all__ = [
     "Seed",
     "Steering",
     "Variant",
+    "expanded",
     "known_keys",
     "load_params",
     "locate",

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ctxlib.params.errors import InputError
-from ctxlib.params.locating import Place, locate, nowhere
+from ctxlib.params.locating import Place, expanded, locate, nowhere
 from ctxlib.params.sections import (
     Allocation,
     Bootstrap,
@@ -107,7 +107,7 @@ class Params(Section):
 
     def path(self, name: str) -> Path:
         """A path named in the file: absolute, or relative to the folder from which the file was found."""
-        return self._root / Path(name).expanduser()
+        return expanded(name, self._root)
 
     def locate(self, name: str) -> Place:
         """Where a model or dataset that is named in the file is."""
@@ -162,9 +162,12 @@ def load_params(params_file: str | Path, overrides: Mapping[str, Any] | None = N
     Raises InputError for a missing file, files that extend one another in a circle, broken YAML, and an unknown,
     renamed, repeated, missing or ill-typed key.
     """
-    root = next((root for root in (Path(), Path("..")) if (root / params_file).is_file()), None)
+    if str(params_file).startswith("~"):
+        params_file = expanded(params_file)
+    root = next((root for root in (Path(), Path("..")) if expanded(params_file, root).is_file()), None)
     if root is None:
-        raise InputError(f"{params_file}: no such params file{_others(Path(params_file))}")
+        kind = "a folder, not a params file" if Path(params_file).is_dir() else "no such params file"
+        raise InputError(f"{params_file}: {kind}{_others(Path(params_file))}")
     overrides = overrides or {}
     if not isinstance(overrides, Mapping):
         raise InputError(f"overrides: expected a dict such as {{'needle.per_cell': 2}}, got {overrides!r}")
@@ -203,10 +206,13 @@ def _extended(base: Any, file: str, root: Path) -> str:
 def _read(file: str, root: Path) -> dict[str, Any]:
     try:
         content = yaml.load((root / file).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise InputError(f"{file}: not readable: {error.strerror}; correct the path or its permissions") from None
     except _RepeatedKey as error:
         raise InputError(f"{file}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: of a date such as 2026-13-45
+        why = " ".join(str(error).split())
+        raise InputError(f"{file}: not readable as YAML: {why}; repair the file, or quote the value") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected keys such as 'experiment: miniature', found no keys")
     return content

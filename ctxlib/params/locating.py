@@ -1,11 +1,36 @@
-"""Where a model or a dataset is, by its name alone: embedded, on this machine, or on the Hugging Face hub."""
+"""The one door for paths, and where a model or a dataset is by its name: embedded, on this machine, or on the hub."""
 
+import os
 from pathlib import Path
 from typing import Literal
+
+from ctxlib.params.errors import InputError
 
 Place = Literal["embedded", "disk", "hub", "nowhere"]
 EMBEDDED = "miniature"
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+
+
+def expanded(path: str | Path, root: Path = Path()) -> Path:
+    """A path that a user gave, with `~` expanded, relative to `root`: every such path passes through here.
+
+    It may be absent. Raises InputError for an unknown home folder, a name that the system does not take (too long, a
+    null byte), a link to something absent, and a folder above it that may not be read.
+    """
+    try:
+        place = root / Path(path).expanduser()
+        os.stat(place)
+    except RuntimeError:
+        raise InputError(f"{path}: there is no such home folder; write the path in full") from None
+    except (FileNotFoundError, NotADirectoryError):
+        if place.is_symlink():
+            absent = os.readlink(place)
+            raise InputError(f"{path}: a link to {absent}, which does not exist; correct or remove the link") from None
+    except ValueError as error:
+        raise InputError(f"{str(path)!r}: not a path ({error}); correct it") from None
+    except OSError as error:
+        raise InputError(f"{path}: not a usable path ({error.strerror}); give another") from None
+    return place
 
 
 def locate(name: str | Path, root: Path = Path()) -> Place:
@@ -20,7 +45,9 @@ def locate(name: str | Path, root: Path = Path()) -> Place:
     text = str(name)
     if text.split(":")[0] == EMBEDDED and isinstance(name, str):
         return "embedded"
-    if (root / Path(name).expanduser()).exists():
+    if not text.strip():
+        return "nowhere"
+    if expanded(name, root).exists():
         return "disk"
     looks_like_a_path = text.startswith((".", "/", "~")) or text.endswith(("/", *DATA_SUFFIXES))
     if isinstance(name, Path) or looks_like_a_path:

@@ -18,7 +18,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy takes no more than 2**32, and some seeds are derived by addition
 Variant = Literal["standard", "authors_code"]  # the paper's text, mended where it is unclear; or what its code computes
 HeadReduction = Literal["max_then_mean", "mean_then_max", "mean", "first_token"]
 FirstResponseToken = Literal["last_input", "forced_prefix"]
@@ -117,19 +117,21 @@ class Finetune(Section):
     variant: Variant = Field(
         "standard", description="standard: loss on the answers; authors_code: on every token, the indicator frozen."
     )
-    steps: Count | None = Field(None, description="Instead of epochs.")
+    steps: Annotated[Count, Field(le=10**8)] | None = Field(None, description="Instead of epochs.")
     epochs: Positive | None = Field(1.0, description="Passes over the data; unset if steps are given.")
-    batch_size: Count = Field(2, description="Conversations per batch and process.")
-    gradient_accumulation: Count = Field(8, description="Batches per step.")
-    learning_rate: Positive = Field(2e-4, description="Peak of the schedule.")
+    batch_size: Count = Field(2, le=2**16, description="Conversations per batch and process.")
+    gradient_accumulation: Count = Field(8, le=2**16, description="Batches per step.")
+    learning_rate: Positive = Field(2e-4, le=1e9, description="Peak of the schedule.")
     warmup_fraction: Fraction = Field(0.1, description="Fraction of the steps over which the rate rises.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="After the warm-up.")
-    lora_rank: Count = Field(16, description="Unused by method full.")
-    lora_alpha: Positive = Field(16.0, description="The adapter is scaled by alpha / rank.")
-    lora_dropout: Fraction = Field(0.05, description="On the adapter's input.")
+    lora_rank: Count = Field(16, le=2**16, description="Unused by method full.")
+    lora_alpha: Positive = Field(16.0, le=1e9, description="The adapter is scaled by alpha / rank.")
+    lora_dropout: Fraction = Field(0.05, lt=1, description="On the adapter's input.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     group_by_length: bool = Field(True, description="Batch conversations of similar length.")
-    packing: bool = Field(False, description="A batch in one row, without padding; same loss up to rounding.")
+    packing: bool | None = Field(
+        None, description="A batch in one row, without padding; same loss up to rounding; by default on CUDA."
+    )
     gradient_checkpointing: bool | None = Field(None, description="Slower, in less memory; by default on CUDA.")
     save_every: Count = Field(100, description="Steps per checkpoint, from which an interrupted run resumes.")
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ctxlib.conversations import BadRow, Message, Question, file_rows, hub_rows
 from ctxlib.files import read_json
 from ctxlib.metrics import CANNOTANSWER, quac_references
-from ctxlib.params import InputError, Variant, locate, nowhere
+from ctxlib.params import InputError, Variant, expanded, locate, nowhere
 
 PASSAGE_PROMPT = "{context}\nAnswer the question according to the above passage: {question}"
 PIECES_PROMPT = "{context}\nAnswer the question with pieces from the above passage: {question}"  # QuAC
@@ -70,7 +70,7 @@ def load_questions(
     if place == "hub":
         units = list(_hub_units(str(source), split, variant))
     else:
-        units = list(_file_units(Path(source).expanduser(), variant))
+        units = list(_file_units(expanded(source), variant))
     asked = [one for unit in units for one in unit]
     if not asked:
         raise InputError(f"{source}: holds no question; {_REMEDY}")

@@ -114,7 +114,7 @@ def _once(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], 
     if key not in of_tokenizer:
         of_tokenizer[key] = make()
         for oldest in [*of_tokenizer][: -2 * _REMEMBERED]:
-            del of_tokenizer[oldest]
+            of_tokenizer.pop(oldest, None)  # another thread may have dropped it
     return of_tokenizer[key]
 
 

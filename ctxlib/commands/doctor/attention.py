@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctxlib.attention import record_allocation, steer_attention, verify_recording
+from ctxlib.attention import record_allocation, route, steer_attention, verify_recording
 from ctxlib.commands.doctor.check import Check
 from ctxlib.commands.doctor.talk import TALK, expressible, renders
 from ctxlib.roles import Role, RoleBatch, pad_batch, role_map
@@ -47,7 +47,7 @@ def check_recording(model: Any, tokenizer: Any, layers: Sequence[int]) -> list[C
     tolerance, half = _tolerance(model), model.dtype != torch.float32
     finding = (
         f"differs from eager by {same:.0e} in the same pass (allowed: {EXACT:.0e}), by {apart:.0e} in passes of their "
-        f"own ({tolerance:.0e}); padded left and right; {_logits_said(changed)}"
+        f"own ({tolerance:.0e}); padded left and right; {_logits_said(changed)}; all rows: {route(model)}"
     )
     if not (same <= EXACT and changed <= tolerance) or not (apart <= tolerance or half):
         return [Check("recording", "fail", finding, "do not trust it: report this model and use another one")]
@@ -66,7 +66,7 @@ def _same_pass(model: Any, batch: RoleBatch, layers: Sequence[int]) -> float:
     backend, ids = model.config._attn_implementation, batch.input_ids
     model.set_attn_implementation("eager")
     try:
-        recorders = (record_allocation(model, batch.roles, rows=rows, layers=layers) for rows in ("all", "last"))
+        recorders = (record_allocation(model, batch.roles, rows, layers, precision="exact") for rows in ("all", "last"))
         with next(recorders) as every, next(recorders) as last:
             options = {"attention_mask": batch.attention_mask, "use_cache": False, "output_attentions": True}
             attentions = model(ids, **options).attentions

@@ -60,7 +60,7 @@ def answer_attention(model: Any, tokenizer: Any, corpus: Corpus, layers: Sequenc
     for conversation in corpus.conversations:
         role_of = role_map(tokenizer, conversation.messages, template=rendered)
         roles = role_of.roles[None].to(model.device)
-        with torch.inference_mode(), record_allocation(model, roles, rows="all", layers=layers) as recording:
+        with torch.inference_mode(), record_allocation(model, roles, "all", layers, precision="exact") as recording:
             model(role_of.ids[None].to(model.device), use_cache=False)
         to_user = recording.allocation[:, 0, :, :, Role.USER].cpu()
         uniform = (role_of.roles == Role.USER).float().cumsum(0) / torch.arange(1, len(role_of) + 1)

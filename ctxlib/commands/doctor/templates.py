@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from ctxlib.commands.doctor.talk import TALK, dicts, with_odd_text
 from ctxlib.conversations import Message
 from ctxlib.files import read_text
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 from ctxlib.roles import Role, RoleMap, role_map
 
 VERDICTS = ("wrong", "refused", "supported")
@@ -38,7 +38,7 @@ def examine_templates(folder: str | Path, tokenizer: Any) -> pd.DataFrame:
     The `tokenizer` is extended by the tokens that a template spells, which its own tokenizer would have. Raises
     InputError for a folder that is absent or holds no .jinja file, and for a file that is not readable.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".jinja", ".jinja2"))
     if not files:
         raise InputError(f"{folder}: no .jinja file in this folder; name the folder that holds chat templates")

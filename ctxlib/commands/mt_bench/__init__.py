@@ -32,10 +32,10 @@ from ctxlib.commands.mt_bench.judgements import (
 from ctxlib.commands.mt_bench.questions import WITH_REFERENCE, Bench, Task, load_mt_bench
 from ctxlib.commands.mt_bench.ratings import question_ratings, spent, summarise_ratings
 from ctxlib.commands.settings import Answering
-from ctxlib.files import file_digest, read_json_object, write
+from ctxlib.files import check_writable, file_digest, read_json_object, write
 from ctxlib.miniature import model_source
 from ctxlib.models import Subject, load_model, load_tokenizer, model_hash, require_chat_template
-from ctxlib.params import InputError, Loading
+from ctxlib.params import InputError, Loading, expanded
 from ctxlib.results import to_json
 
 __all__ = [
@@ -80,7 +80,8 @@ def evaluate(
     Raises InputError as `answer_turns`, `judge_answers` and `load_model` do, and for a folder with the ratings of
     another model.
     """
-    out = Path(out)
+    out = expanded(out)
+    check_writable(out)
     client = open_judge(judge)
     source = model_source(model)
     tokenizer = load_tokenizer(source, chat_template=loading.chat_template, revision=loading.revision)
@@ -111,6 +112,7 @@ def evaluate(
         "settings": settings,
         "corrected_references": list(bench.corrected),
         "files": {str(file): file_digest(file) for file in bench.files},
+        "asked": ratings.attrs["asked"],
         "spent": {name: None if math.isnan(value) else value for name, value in taken.items()},
         "versions": {name: version(name) for name in ("ctxlib", "torch", "transformers", "openai")}
         | {"python": platform.python_version()},

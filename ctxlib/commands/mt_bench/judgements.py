@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
@@ -47,9 +47,11 @@ def judge_prompt(bench: Bench, task: Task, answers: Sequence[str]) -> list[dict[
 def parse_rating(text: str) -> float:
     """The number from 1 to 10 in double brackets, `[[7]]`; NaN if there is none, or two that differ.
 
-    FastChat takes the first of several, and a number in single brackets if there is none in double ones.
+    Drafts before a `</think>` do not count. FastChat takes the first of several, and a number in single brackets if
+    there is none in double ones.
     """
-    found = {float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)}
+    final = text.rpartition("</think>")[2]
+    found = {float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", final)}
     rating = found.pop() if len(found) == 1 else math.nan
     return rating if 1 <= rating <= 10 else math.nan
 
@@ -73,8 +75,11 @@ def judge_answers(
     an interrupted run requests only the missing ones; refused ones are requested again, and also those on a damaged
     line of the file, with a warning.
 
-    Raises InputError for answers to unknown questions or without their first turn, if no judgement was given at all,
-    for a full disk, and as `open_judge` does (which returns the `client`) if the server fails permanently.
+    The frame's `attrs["asked"]` lists the parameters with which the judgements were requested (see `_Asking`).
+
+    Raises InputError for answers to unknown questions or without their first turn, if no judgement was given at all or
+    none has a rating, for a full disk, and as `open_judge` does (which returns the `client`) if the server fails
+    permanently.
     """
     asked = _judgements(answers, bench, judge)
     kept = _Judgements(Path(path))
@@ -82,9 +87,9 @@ def judge_answers(
     refused: dict[str, str] = {}
     if todo:
         client = client or open_judge(judge)
-        pool = ThreadPoolExecutor(judge.workers)
+        asking, pool = _Asking(client, judge), ThreadPoolExecutor(judge.workers)
         try:
-            futures = {pool.submit(_judge_once, client, judge, kept, key, todo[key]): key for key in todo}
+            futures = {pool.submit(_judge_once, asking, kept, key, todo[key]): key for key in todo}
             bar = tqdm(
                 as_completed(futures), "judgements", len(asked), initial=len(asked) - len(todo), disable=not progress
             )
@@ -101,9 +106,16 @@ def judge_answers(
             rows.append((*place, math.nan, f"{REFUSED}: {refused[key]}", 1, 0, 0))
         else:
             rows.append((*place, *kept.row(key)))
-    return pd.DataFrame(rows, columns=list(RATING_COLUMNS)).astype(
+    ratings = pd.DataFrame(rows, columns=list(RATING_COLUMNS)).astype(
         {"rating": float, "prompt_tokens": float, "completion_tokens": float}
     )
+    if len(ratings) and ratings["rating"].isna().all():
+        raise InputError(
+            f"judge '{judge.model}' at {judge.base_url}: no rating such as [[7]] in any of {len(ratings):,} "
+            f"judgements, see {path}; take another judge, or raise max_tokens (--max-tokens)"
+        )
+    ratings.attrs["asked"] = kept.asked(asked)
+    return ratings
 
 
 def _judgements(
@@ -132,29 +144,81 @@ def _judgements(
     return asked
 
 
-def _judge_once(client: Any, judge: Judge, kept: "_Judgements", key: str, messages: list[dict[str, str]]) -> str | None:
+class _Asking:
+    """The parameters of a request, as this judge's server takes them; several threads ask at once.
+
+    Newer hosted models take `max_completion_tokens` instead of `max_tokens`, or only their own temperature. A parameter
+    that a refusal names is sent under its other name, or left out, once; once accepted, all others are sent so.
+    """
+
+    def __init__(self, client: Any, judge: Judge) -> None:
+        self.client, self.judge = client, judge
+        asked = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
+        self.accepted = {name: value for name, value in asked.items() if value is not None}
+
+    def complete(self, messages: list[dict[str, str]]) -> tuple[Any, dict[str, float]]:
+        """A completion and the parameters that it was requested with; raises the errors of `openai`."""
+        import openai
+
+        asked = dict(self.accepted)
+        for _ in range(3):  # as given, then without what the first and the second refusal name
+            try:
+                completion = self.client.chat.completions.create(model=self.judge.model, messages=messages, **asked)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if (other := _respelled(asked, str(error))) is None:
+                    raise
+                asked = other
+            else:
+                self.accepted = asked
+                return completion, asked
+        return self.client.chat.completions.create(model=self.judge.model, messages=messages, **asked), asked
+
+
+def _respelled(asked: dict[str, float], refusal: str) -> dict[str, float] | None:
+    """Other parameters to try after a refusal that names one of them."""
+    if "temperature" in asked and "temperature" in refusal:
+        return {name: value for name, value in asked.items() if name != "temperature"}
+    if "max_tokens" in asked and "max_tokens" in refusal:
+        return {"max_completion_tokens" if name == "max_tokens" else name: value for name, value in asked.items()}
+    return None
+
+
+def _judge_once(asking: _Asking, kept: "_Judgements", key: str, messages: list[dict[str, str]]) -> str | None:
     """Requests one judgement and stores it; returns the reason if the server refuses it."""
     import openai
 
-    options = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
-    options = {name: value for name, value in options.items() if value is not None}
-    texts, spent = [], np.zeros(2)
+    texts, spent, asked = [], np.zeros(2), {}
     while len(texts) < 2 and (not texts or math.isnan(parse_rating(texts[-1]))):
         try:
-            completion = client.chat.completions.create(model=judge.model, messages=messages, **options)
-            texts.append(completion.choices[0].message.content or "")
+            completion, asked = asking.complete(messages)
+            texts.append(_text(completion.choices[0].message.content))
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if texts:
                 break
             return " ".join(str(error).split())[:300]
         except openai.OpenAIError as error:
-            raise stopped(judge, error) from None
+            raise stopped(asking.judge, error) from None
         except (ValueError, AttributeError, IndexError, TypeError):
-            raise stopped(judge, ValueError("the reply is no chat completion")) from None
-        usage = completion.usage
-        spent += (usage.prompt_tokens, usage.completion_tokens) if usage else math.nan
-    kept.add(key, texts, *spent.tolist())
+            raise stopped(asking.judge, ValueError("the reply is no chat completion")) from None
+        spent += [_count(completion.usage, name) for name in ("prompt_tokens", "completion_tokens")]
+    kept.add(key, texts, *spent.tolist(), asked=asked)
     return None
+
+
+def _text(content: Any) -> str:
+    """The text of a reply, which may be a list of parts."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else vars(part) for part in content]
+        return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    if not isinstance(content, str | None):
+        raise TypeError("content is no text")
+    return content or ""
+
+
+def _count(usage: Any, name: str) -> float:
+    """A number of tokens; NaN if the server did not report it."""
+    value = getattr(usage, name, None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 class _Judgements:
@@ -176,9 +240,15 @@ class _Judgements:
         problem = NO_RATING if math.isnan(rating) else ""
         return rating, problem, len(judgement["texts"]), *(math.nan if n is None else float(n) for n in tokens)
 
-    def add(self, key: str, texts: list[str], *tokens: float) -> None:
+    def asked(self, keys: Iterable[str]) -> list[dict[str, float]]:
+        """The different parameters with which these judgements were requested, as far as they are recorded."""
+        found = {json.dumps(self.known[key].get("asked"), sort_keys=True) for key in keys if key in self.known}
+        return [json.loads(one) for one in sorted(found - {"null"})]
+
+    def add(self, key: str, texts: list[str], *tokens: float, asked: dict[str, float]) -> None:
         counts = [None if math.isnan(n) else int(n) for n in tokens]
         judgement = {"key": key, "texts": texts, "prompt_tokens": counts[0], "completion_tokens": counts[1]}
+        judgement |= {"asked": asked}
         with self.lock:
             self.known[key] = judgement
             self.lines.append(judgement)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxlib.files import check_is_itself
-from ctxlib.params import InputError
+from ctxlib.params import InputError, expanded
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # graded against a reference answer, as in FastChat
 PROMPT_NAMES = {  # by turns, and whether a reference is shown
@@ -58,11 +58,11 @@ def load_mt_bench(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1, got {limit}")
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     questions = _found("mt-bench folder", [folder / "question.jsonl"])
     prompts_file = _found(
         "judge prompts",
-        [Path(judge_prompts)]
+        [expanded(judge_prompts)]
         if judge_prompts
         else [folder / "judge_prompts.jsonl", folder.parent / "judge_prompts.jsonl"],
     )
@@ -76,7 +76,7 @@ def load_mt_bench(
             raise InputError(f"{place}, question_id: {key} is there more than once; give each question its own")
         tasks[key] = Task(key, str(_get(row, place, "category")), turns)
     references = _references(shipped)
-    corrected = _references(Path(corrected_references)) if corrected_references else {}
+    corrected = _references(expanded(corrected_references)) if corrected_references else {}
     if unknown := [key for key in corrected if key not in tasks]:
         raise InputError(f"{corrected_references}: question_id {unknown[0]} is no question of {questions}; remove it")
     references |= corrected
