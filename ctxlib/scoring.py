@@ -100,6 +100,7 @@ def score_corpus(
     config = model.config.get_text_config()
     layers = checked_layers(layers, config.num_hidden_layers)
     max_length = checked_length(max_length, config.max_position_embeddings, settings.variant)
+    borders = rope_borders(config)
     token_budget = settings.token_budget or (512 if model.device.type == "cpu" else 8192)
     index, shards = shard
     if not 0 <= index < shards:
@@ -140,7 +141,7 @@ def score_corpus(
                 continue
             bar.update(sum(not example.answers for example in examples))
             on_device = {}
-            for batch in length_buckets([example for example in examples if example.answers], token_budget):
+            for batch in length_buckets([example for example in examples if example.answers], token_budget, borders):
                 with memory_advice(_FEWER if len(batch) > 1 else _SHORTER, folder):
                     on_device |= _score_batch(model, tokenizer, batch, layers, settings.head_reduction)
                 bar.scored(len(batch), tokens=sum(len(example.map) for example in batch))
@@ -223,11 +224,36 @@ def answered_turns(conversation: Conversation) -> list[tuple[int, int, int]]:
     return found
 
 
-def length_buckets(examples: Sequence[EncodedConversation], token_budget: int) -> Iterator[list[EncodedConversation]]:
-    """Batches of similar length, the longest first, of at most token_budget tokens with padding, or of one example."""
+def rope_borders(config) -> list[int]:
+    """Lengths in tokens beyond which a model turns to other rotary frequencies, for a whole batch at once (LongRoPE).
+
+    `config` is the text model's. Dynamic scaling begins only beyond the model's positions, where nothing is scored.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+    key, borders = "original_max_position_embeddings", set()
+    for parameters in of_layers:
+        if parameters.get("rope_type") == "longrope":
+            borders.add(parameters.get(key) or getattr(config, key, None) or config.max_position_embeddings)
+    return sorted(borders)
+
+
+def length_buckets(
+    examples: Sequence[EncodedConversation], token_budget: int, borders: Sequence[int] = ()
+) -> Iterator[list[EncodedConversation]]:
+    """Batches of similar length, the longest first, of at most token_budget tokens with padding, or of one example.
+
+    A batch stays on one side of each of the `borders` (`rope_borders`), so that no score depends on what shares its
+    batch.
+    """
+
+    def side(example: EncodedConversation) -> list[bool]:
+        return [len(example.map) > border for border in borders]
+
     batch: list[EncodedConversation] = []
     for example in sorted(examples, key=lambda example: -len(example.map)):
-        if batch and len(batch[0].map) * (len(batch) + 1) > token_budget:
+        full = batch and len(batch[0].map) * (len(batch) + 1) > token_budget
+        if full or (batch and side(batch[0]) != side(example)):
             yield batch
             batch = []
         batch.append(example)

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from ctxlib import scoring
 from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.metrics import layer_agreement, score_agreement
 from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, length_buckets, reduce_heads
+from ctxlib.scoring import answered_turns, length_buckets, reduce_heads, rope_borders
 
 
 def score_corpus(model, tokenizer, corpus, **options):
@@ -339,7 +339,7 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
 
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "_score_batch", full)
-        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*lies in {tmp_path}"):
+        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*is kept in {tmp_path}"):
             score_corpus(model, tokenizer, corpus, token_budget=token_budget, **settings)
     assert len(list(tmp_path.glob("*/part-*.parquet"))) == 1
     again = score_corpus(model, tokenizer, corpus, token_budget=1, **settings)
@@ -401,6 +401,30 @@ def test_buckets_keep_the_token_budget_and_lose_nobody():
     assert sorted(int(e.id) for bucket in buckets for e in bucket) == [1, 5, 6, 7, 30, 31, 90]
     assert all(len(b) == 1 or max(len(e.map) for e in b) * len(b) <= 64 for b in buckets)
     assert len(buckets) == 3
+
+
+def test_a_score_does_not_depend_on_what_shares_its_batch_where_frequencies_change(tokenizer):
+    torch.manual_seed(3)
+    half = 32 // 4 // 2
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * half, "long_factor": [8.0] * half}
+    config = Phi3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.4, pad_token_id=0,
+        original_max_position_embeddings=64, rope_parameters=rope | {"original_max_position_embeddings": 64},
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    assert rope_borders(model.config) == [64]
+    short, long = conversation("short", "Who is it?", "It is Bo."), conversation("long", "a b c " * 20, "Not known.")
+    assert len(role_map(tokenizer, short.messages)) < 64 < len(role_map(tokenizer, long.messages))
+    alone, beside = (
+        score_corpus(model, tokenizer, corpus_of(*talks), token_budget=8192, progress=False)
+        for talks in ((short,), (short, long))
+    )
+    assert torch.allclose(torch.tensor(alone.score), torch.tensor(beside.score[: len(alone)]), atol=1e-7)
+    other = copy.deepcopy(model)
+    other.model.rotary_emb.config.rope_parameters["original_max_position_embeddings"] = 1
+    moved = score_corpus(other, tokenizer, corpus_of(short), token_budget=8192, progress=False)
+    assert (moved.score - alone.score).abs().max() > 1e-4  # the other frequencies would have shown
 
 
 def frame_of(**by_layer):

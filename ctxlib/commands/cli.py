@@ -132,8 +132,9 @@ def plan(
 
 @app.command
 def doctor(
-    model: Model,
+    model: Model | None = None,
     *,
+    templates: Annotated[Path | None, option("Examine the .jinja files of this folder instead of a model.")] = None,
     layer: Annotated[Layer | None, option("Layer to score (0-based); by default round(depth × 15/22).")] = None,
     indicator: Annotated[str, option("The text that is to become a token.")] = Models.model_fields["indicator"].default,
     loading: options(Loading, MODEL, "dtype", "quantisation", "chat_template", "revision") = None,
@@ -146,8 +147,12 @@ def doctor(
     """
     from rich.console import Console
 
-    from ctxlib.commands.doctor import examine, open_patient, print_examination
+    from ctxlib.commands.doctor import examine, open_patient, print_examination, print_templates
 
+    if (model is None) == (templates is None):
+        raise InputError("doctor: name a model, or a folder of chat templates (--templates), and not both")
+    if templates is not None:
+        raise SystemExit(print_templates(templates, as_json=as_json))
     patient, tokenizer, corpus = open_patient(model, **values(loading))
     frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus, progress=_announce)
     if as_json:

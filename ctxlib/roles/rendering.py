@@ -94,8 +94,8 @@ def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_pr
         _contents.reset(token)
     if as_written != text:
         raise InputError(
-            f"the chat template of {name} rewrites contents (changes case, escapes, …): the roles of their characters "
-            "are lost; use a template that writes contents as they are"
+            f"the chat template of {name} rewrites contents (changes case, escapes, draws at random, …): the roles of "
+            "their characters are lost; use a template that writes contents as they are"
         )
     return Rendering(text, np.where(codes >= _BASE, codes - _BASE, -1))
 
@@ -107,9 +107,25 @@ def _why_not(name: str, messages: Sequence[Message], chat_template: str, error: 
     said = " ".join(str(error).split()) or "no reason given"
     needs = [word for word in ("tools", "documents") if re.search(rf"\b{word}\b", chat_template)]
     remedy = "change the messages or the template"
-    if needs and isinstance(error, (TypeError, jinja2.UndefinedError)):
+    if _wants_parts(chat_template):
+        remedy = _OF_PARTS
+    elif needs and isinstance(error, (TypeError, jinja2.UndefinedError)):
         remedy = f"it asks for {' and '.join(needs)}, of which chats here have none: use a template that does without"
     return f"the chat template of {name} cannot express messages of {roles}: {type(error).__name__}: {said}; {remedy}"
+
+
+_OF_PARTS = "it asks for contents as parts (type, text), which are texts here: use a template that takes texts"
+
+
+def _wants_parts(chat_template: str) -> bool:
+    """Whether a template looks for the type of parts of a content and has no branch for a text."""
+    return bool(re.search(r"(\[['\"]type['\"]\]|\.type\b)", chat_template)) and "is string" not in chat_template
+
+
+def left_out(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to say of a template that leaves out the last message."""
+    remedy = _OF_PARTS if _wants_parts(template_source(tokenizer)) else "use another one"
+    return f"the chat template of {tokenizer_name(tokenizer)} leaves out the last message; {remedy}"
 
 
 def spelled_by_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from ctxlib.commands.doctor.check import Check
 from ctxlib.conversations import Corpus
 from ctxlib.params import InputError
+from ctxlib.scoring import rope_borders
 
 UNKNOWN = 0.01  # fraction of unknown tokens above which the text is not in the tokenizer's language
 
@@ -29,6 +30,12 @@ def check_model(model: Any) -> list[Check]:
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
         finding += f"; {sum('sliding' in kind for kind in kinds)} layers see {window} tokens back"
         remedies.append(f"keep prompts under {window} tokens: such layers see no further, and decoding is not recorded")
+    if borders := [border for border in rope_borders(config) if not positions or border < positions]:
+        finding += f"; other rotary frequencies beyond {', '.join(map(str, borders))} tokens"
+        remedies.append(
+            "scores do not depend on it, as batches stay on one side; in batches of your own keep prompts of up to "
+            f"{borders[0]} tokens and longer ones apart"
+        )
     return [Check("model", "note" if remedies else "ok", finding, "; ".join(remedies))]
 
 
