@@ -14,7 +14,7 @@ from ctxlib.conversations import Conversation, Corpus, Message
 from ctxlib.metrics import layer_agreement, score_agreement
 from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, length_buckets, reduce_heads, rope_borders
+from ctxlib.scoring import answered_turns, encoded_ahead, length_buckets, reduce_heads, rope_borders
 
 
 def score_corpus(model, tokenizer, corpus, **options):
@@ -430,6 +430,44 @@ def test_a_score_does_not_depend_on_what_shares_its_batch_where_frequencies_chan
 def frame_of(**by_layer):
     rows = [(f"c{i}", 1, int(name[1:]), s) for name, scores in by_layer.items() for i, s in enumerate(scores)]
     return pd.DataFrame(rows, columns=["conversation", "turn", "layer", "score"])
+
+
+class Letters:
+    """A part of a corpus, of letters instead of conversations."""
+
+    def __init__(self, letters):
+        self.to_encode = letters
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_parts_are_encoded_in_order_and_one_part_ahead(threads):
+    given = []
+
+    def parts():
+        for letters in ("abc", "", "de", "f"):
+            given.append(letters)
+            yield Letters(letters)
+
+    for n, (part, encoded) in enumerate(encoded_ahead(parts(), str.upper, threads), start=1):
+        assert encoded == list(part.to_encode.upper())
+        assert len(given) == min(n + (threads > 0), 4)
+    assert n == 4
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_of_an_encoder_ends_the_scoring(threads):
+    def fails(letter):
+        raise InputError(f"cannot read {letter}")
+
+    with pytest.raises(InputError, match="cannot read a"):
+        list(encoded_ahead([Letters("ab")], fails, threads))
+
+
+def test_threads_that_encode_ahead_change_no_score(model, tokenizer, corpus, monkeypatch):
+    options = {"conversations_per_part": 2, "progress": False}
+    expected = score_corpus(model, tokenizer, corpus, **options)
+    monkeypatch.setattr(scoring, "encoded_ahead", lambda parts, encode, _: encoded_ahead(parts, encode, 2))
+    pd.testing.assert_frame_equal(score_corpus(model, tokenizer, corpus, **options), expected, check_exact=True)
 
 
 def test_a_layer_that_was_not_scored_is_named():

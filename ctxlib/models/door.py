@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
@@ -285,10 +284,13 @@ def load_model(
             **quantised,
         )
     _check_complete(report, path)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # An eval-mode forward on AVX512-BF16 processors repacks the weights and gradients are wrong ever after.
-            module.support_avx512bf16_for_cpu = False
+    if getattr(model, "is_quantized", False):
+        import bitsandbytes  # a fifth of all time that imports take, and few need it
+
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # An eval-mode forward on AVX512-BF16 processors repacks the weights: gradients are wrong ever after.
+                module.support_avx512bf16_for_cpu = False
     return (model if adapter is None else _with_adapter(model, adapter, path)).eval()
 
 
