@@ -187,7 +187,7 @@ class _Prefixes:
     in the batch   . . <s> a b x y    padded on the left to the longest prompt, then room for z and the answer
     """
 
-    # transformers' continuous batching (`generate_batch`) shares prefixes, too, and gives the same tokens, but it takes
+    # transformers' continuous batching (`generate_batch`) shares prefixes and gives the same tokens, but it takes
     # no stopping criteria, so that an answer could not end at `stop_text`, and needs a paged cache set up for each call.
     #
     # The last token of a prompt stays unread, because `generate` needs one token to compute the first logits from. The
