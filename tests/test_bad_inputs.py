@@ -15,9 +15,10 @@
 
 What is made: `model`, a copy of the miniature's instruct model with files changed: the keys of a JSON file set, or
 removed by `(removed)`; a text; null for a file that is absent; of the weights `{rename: {PATTERN: NEW}}`,
-`{drop: PATTERN}`, `{shapes: {NAME: [2, 3]}}`, `{fill: {NAME: .nan}}`. `files`: by name a text, rows (JSON, one row per
-line in .jsonl; {instruct} in a text is that model), `{hex: ffd8}`, `{tensors: {NAME: [2, 3]}}`, `{link: TARGET}`, `{special: pipe | socket | folder}`. `value`: the text that {input}
-is; by default the model's folder, else the first of the files.
+`{drop: PATTERN}`, `{shapes: {NAME: [2, 3]}}`, `{fill: {NAME: .nan}}`. `files`: by name a text, in which {instruct} is
+the model that is copied; rows (JSON, one per line in .jsonl); `{hex: ffd8}`, `{tensors: {NAME: [2, 3]}}`,
+`{link: TARGET}`, `{special: pipe | socket | folder}`. `value`: the text that {input} is; by default the model's folder,
+else the first of the files.
 """
 
 import json
