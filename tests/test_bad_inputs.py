@@ -15,9 +15,10 @@
 
 What is made: `model`, a copy of the miniature's instruct model with files changed: the keys of a JSON file set, or
 removed by `(removed)`; a text; null for a file that is absent; of the weights `{rename: {PATTERN: NEW}}`,
-`{drop: PATTERN}`, `{shapes: {NAME: [2, 3]}}`, `{fill: {NAME: .nan}}`. `files`: by name a text, rows (JSON, one row per
-line in .jsonl), `{hex: ffd8}`, `{link: TARGET}`, `{special: pipe | socket | folder}`. `value`: the text that {input}
-is; by default the model's folder, else the first of the files.
+`{drop: PATTERN}`, `{shapes: {NAME: [2, 3]}}`, `{fill: {NAME: .nan}}`. `files`: by name a text, in which {instruct} is
+the model that is copied; rows (JSON, one per line in .jsonl); `{hex: ffd8}`, `{tensors: {NAME: [2, 3]}}`,
+`{link: TARGET}`, `{special: pipe | socket | folder}`. `value`: the text that {input} is; by default the model's folder,
+else the first of the files.
 """
 
 import json
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -46,7 +48,7 @@ CHAT = [
 ]
 # lines that report progress: bars, and the doctor's checks
 PROGRESS = re.compile(r"^checking .*…$|^.*\[\d+:\d\d.*\]$|^\s*$")
-SPECIAL = {"hex", "link", "special"}
+SPECIAL = {"hex", "link", "special", "tensors"}
 IN_PROCESSES_OF_THEIR_OWN = 6
 
 
@@ -113,11 +115,13 @@ def make(row: dict[str, Any], folder: Path) -> list[str]:
 
 def write_file(path: Path, content: Any) -> None:
     if isinstance(content, str):
-        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        path.write_bytes(content.replace("{instruct}", str(INSTRUCT)).encode("utf-8", "surrogatepass"))
     elif isinstance(content, list) and path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     elif isinstance(content, list) or not set(content) <= SPECIAL:
-        path.write_text(json.dumps(content))
+        write_file(path, json.dumps(content))
+    elif "tensors" in content:
+        save_file({name: torch.zeros(shape) for name, shape in content["tensors"].items()}, path)
     elif "hex" in content:
         path.write_bytes(bytes.fromhex(content["hex"]))
     elif "link" in content:

@@ -361,7 +361,8 @@ def _shape(of: Any) -> str:
 def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path) -> PeftModel:
     resize_with_mean(model, len(load_tokenizer(adapter)))
     try:
-        with _opening("adapter", adapter):
+        with _opening("adapter", adapter), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which are checked below
             laid = PeftModel.from_pretrained(model, source(adapter))
     except InputError as error:
         raise InputError(f"{error} (adapter for {path})") from error
