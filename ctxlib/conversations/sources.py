@@ -203,6 +203,11 @@ def _parsed(line: bytes) -> Any:
         return BadRow("malformed JSON", "", f"{getattr(error, 'msg', error)}{column}; repair or remove it")
 
 
+def reads_by_row(path: Path) -> bool:
+    """Whether a file is read row by row, never as a whole."""
+    return _kind(path) == ".parquet" or (_READERS.get(_kind(path)) is _jsonl_rows and not _is_one_list(path))
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
