@@ -1,4 +1,4 @@
-r"""Context-dependency scores: how much of an answer's attention goes to what the user wrote.
+r"""Context-dependency scores: how much of an answer's attention goes to the user's text.
 
 $$s_M(Y_m) = \frac{1}{|Y_m|} \sum_{y \in Y_m} \max_{h} \sum_{x \in X_1 \cup \dots \cup X_m} \mathrm{Att}_h(y, x)$$
 
@@ -372,7 +372,7 @@ def _as_the_authors_code(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
     # Two changes, made on the roles so that the rest of the scoring is the same for both variants: which keys count as
     # the user's, and which template tokens may close an answer. Only closing tokens directly behind an answer extend it
     # (`_encode`); the others have no effect. The lone "▁" that a sentencepiece tokenizer puts in front of text behind a
-    # special token is not in the script's list of ids to leave out, so it belongs to whoever spoke last.
+    # special token is not in the script's list of ids to leave out, so it belongs to the last speaker.
     newline = torch.tensor([_is_newlines(tokenizer, token_id) for token_id in role_of.ids.tolist()])
     special = torch.isin(role_of.ids, torch.tensor(tokenizer.all_special_ids))
     roles = role_of.roles.clone()

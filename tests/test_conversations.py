@@ -207,7 +207,7 @@ def test_data_of_a_folder_that_would_not_be_read_is_an_error(tmp_path, name):
     write(tmp_path, [GOOD], "a.jsonl")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("data")
-    with pytest.raises(InputError, match=rf"holds {name.partition('/')[0]}/? besides, which would not be read"):
+    with pytest.raises(InputError, match=rf"holds also {name.partition('/')[0]}/?, which would not be read"):
         load_conversations(tmp_path)
 
 

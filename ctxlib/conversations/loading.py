@@ -117,8 +117,8 @@ def iter_conversations(
 ) -> Iterator[Conversation]:
     """The conversations of `load_conversations` one at a time, without holding a .jsonl or .parquet file in memory.
 
-    What is kept is one id per conversation, and the dropped rows. The `ledger` is filled in meanwhile. Too many bad
-    rows raise at the end. Raises InputError as `load_conversations` does.
+    Only one id per conversation and the dropped rows are kept; the `ledger` is filled in on the way. Too many bad rows
+    raise at the end. Raises InputError as `load_conversations` does.
     """
     if on_bad_row not in ("error", "drop"):
         raise InputError(f"on_bad_row: expected 'error' or 'drop', got '{on_bad_row}'")

@@ -54,7 +54,7 @@ def data_files(source: str | Path) -> list[Path]:
     """The files that `load_conversations` reads, in its order: the file itself, or the data files of a folder.
 
     Suffixes count in any case, hidden files do not. Raises InputError if there are none, and for a folder that holds
-    other data besides (folders, tables, archives), which would be left out.
+    other data in addition (folders, tables, archives), which would be left out.
     """
     path = expanded(source)
     if not path.exists():
@@ -75,8 +75,8 @@ def data_files(source: str | Path) -> list[Path]:
         raise InputError(f"{source}: no data file in this folder (looked for {kinds}{found})")
     if unread:
         raise InputError(
-            f"{source}: holds {_named(unread)} besides, which would not be read (only {kinds}, no sub-folders); "
-            "move or remove what is not meant, or name the files to read one by one"
+            f"{source}: holds also {_named(unread)}, which would not be read (only {kinds}, no sub-folders); "
+            "move or remove such data, or name the files to read one by one"
         )
     return files
 

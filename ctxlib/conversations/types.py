@@ -58,7 +58,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that ends with the user's message, and what is needed to score its answer.
+    """A prompt that ends with the user's message, with everything needed to score its answer.
 
     `answers` are the distinct gold answers as texts; `annotations` every annotator's answer, as its spans, in the
     order of the file, as the official rules of QuAC and DROP need them. `dialogue` names the dialogue it is a turn of.
