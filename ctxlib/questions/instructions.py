@@ -253,8 +253,8 @@ def _variants(answer: str) -> list[str]:
 def check_answers(frame: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
     """Which answers (`frame`: id, answer, …) follow which rules: one row per question and rule.
 
-    Columns: id, rule, strict, loose. `metrics.summarise(…, "rule", "strict")` gives the accuracy of each rule. Raises InputError for an id without a
-    question.
+    Columns: id, rule, strict, loose. `metrics.summarise(…, "rule", "strict")` gives the accuracy of each rule.
+    Raises InputError for an id without a question.
     """
     known = {question.id: question for question in questions}
     if unknown := sorted(set(frame["id"]) - set(known)):
