@@ -1,4 +1,4 @@
-r"""Context-dependency scores: how much of an answer's attention goes to what the user wrote.
+r"""Context-dependency scores: how much of an answer's attention goes to the user's text.
 
 $$s_M(Y_m) = \frac{1}{|Y_m|} \sum_{y \in Y_m} \max_{h} \sum_{x \in X_1 \cup \dots \cup X_m} \mathrm{Att}_h(y, x)$$
 
@@ -81,6 +81,9 @@ def score_corpus(
     variants; the official script scores what is left of it, and drops some whole answers. That changes which turns have
     a score, not the scores themselves.
 
+    Of a corpus that is streamed (`open_conversations`) one part is in memory, with a set of ids and the scores. A
+    conversation longer than `max_length` is scored as far as it fits; its other turns are skipped.
+
     settings: the section `scoring` of the parameters, of which `variant`, `head_reduction` and `token_budget` are used.
         The budget is the number of tokens in one batch, padding included; a longer conversation makes a batch of its
         own. Its default is 8192, on a CPU 512: there, long conversations are faster one at a time, and take less
@@ -105,13 +108,7 @@ def score_corpus(
     index, shards = shard
     if not 0 <= index < shards:
         raise InputError(f"shard {index}/{shards}: the first number must be at least 0 and less than the second")
-    ids = [conversation.id for conversation in corpus.conversations]
-    if not ids:
-        raise InputError(f"{corpus.source}: no conversation to score")
-    if len(set(ids)) < len(ids):
-        repeated = next(id for id in ids if ids.count(id) > 1)
-        raise InputError(f"{corpus.source}: conversation id {repeated!r} occurs more than once; ids must be unique")
-
+    _check_ids(corpus)
     made_by = {"layers": layers, "max_length": max_length}
     made_by |= {"variant": settings.variant, "head_reduction": settings.head_reduction}
     if weights is None and (shard_dir is not None or seed_model is None):
@@ -126,14 +123,14 @@ def score_corpus(
         write(folder / "settings.json", json.dumps(made_by, indent=1) + "\n")
 
     encode = functools.partial(_encode, tokenizer, variant=settings.variant, max_length=max_length)
-    starts = range(0, len(ids), conversations_per_part)
-    chosen = [(i, corpus.conversations[s : s + conversations_per_part]) for i, s in enumerate(starts)][index::shards]
-    finished = [folder and folder / f"part-{number:05d}.parquet" for number, _ in chosen]
-    if not all(file and file.exists() for file in finished):
+    n, size = len(corpus), conversations_per_part
+    chosen = range(math.ceil(n / size))[index::shards]
+    files = {number: folder and folder / f"part-{number:05d}.parquet" for number in chosen}
+    if not all(file and file.exists() for file in files.values()):
         _check_attention(model, layers)
-    todo = (_Part(conversations, file) for (_, conversations), file in zip(chosen, finished, strict=True))
+    todo = (_Part(these, files[number]) for number, these in _parts(corpus, size) if number in files)
     parts = []
-    with _Progress(sum(len(conversations) for _, conversations in chosen), disable=not progress) as bar:
+    with _Progress(sum(min(size, n - number * size) for number in chosen), disable=not progress) as bar:
         for part, examples in encoded_ahead(todo, encode, 0 if model.device.type == "cpu" else _ENCODERS):
             if part.frame is not None:
                 parts.append(part.frame)
@@ -292,6 +289,28 @@ def encoded_ahead(
         pool.shutdown(cancel_futures=True)
 
 
+def _check_ids(corpus: Corpus) -> None:
+    """Raises InputError for a corpus without conversations, and for an id that occurs more than once."""
+    seen = set()
+    for conversation in corpus.conversations:
+        if conversation.id in seen:
+            raise InputError(
+                f"{corpus.source}: conversation id {conversation.id!r} occurs more than once; ids must be unique"
+            )
+        seen.add(conversation.id)
+    if not seen:
+        raise InputError(f"{corpus.source}: no conversation to score")
+
+
+def _parts(corpus: Corpus, size: int) -> Iterator[tuple[int, list[Conversation]]]:
+    """The conversations in parts of `size`, numbered from 0; only one part is in memory if the corpus is streamed."""
+    conversations = iter(corpus.conversations)
+    for number in itertools.count():
+        if not (part := list(itertools.islice(conversations, size))):
+            return
+        yield number, part
+
+
 def weights_hash(model) -> str:
     """12 hex digits of sha256 over the names and bytes of all weights (about one second per gigabyte)."""
     digest = hashlib.sha256()
@@ -353,11 +372,11 @@ def _as_the_authors_code(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
     # Two changes, made on the roles so that the rest of the scoring is the same for both variants: which keys count as
     # the user's, and which template tokens may close an answer. Only closing tokens directly behind an answer extend it
     # (`_encode`); the others have no effect. The lone "▁" that a sentencepiece tokenizer puts in front of text behind a
-    # special token is not in the script's list of ids to leave out, so it belongs to whoever spoke last.
+    # special token is not in the script's list of ids to leave out, so it belongs to the last speaker.
     newline = torch.tensor([_is_newlines(tokenizer, token_id) for token_id in role_of.ids.tolist()])
     special = torch.isin(role_of.ids, torch.tensor(tokenizer.all_special_ids))
     roles = role_of.roles.clone()
-    lone_space = (roles == Role.TEMPLATE) & (role_of.ids == tokenizer.get_vocab().get("▁", -1))
+    lone_space = (roles == Role.TEMPLATE) & (role_of.ids == _lone_space_id(tokenizer))
     said = (roles != Role.TEMPLATE) & (roles != Role.BOS)
     last_said = torch.where(said, torch.arange(len(roles)), -1).cummax(0).values
     after_answer = (last_said >= 0) & (roles[last_said] == Role.ASSISTANT)
@@ -367,6 +386,11 @@ def _as_the_authors_code(role_of: RoleMap, tokenizer) -> tuple[RoleMap, Tensor]:
     roles[lone_space & ~after_answer] = Role.USER
     roles[(roles == Role.USER) & (newline | special)] = Role.TEMPLATE
     return replace(role_of, roles=roles), closing
+
+
+@functools.lru_cache(maxsize=8)
+def _lone_space_id(tokenizer) -> int:
+    return tokenizer.get_vocab().get("▁", -1)
 
 
 @functools.lru_cache(maxsize=2**18)
@@ -479,4 +503,9 @@ def _template_hash(tokenizer) -> str:
 
 def corpus_hash(corpus: Corpus) -> str:
     """12 hex digits of the conversations' ids, roles and texts."""
-    return digest([[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations])
+    sha256, separator = hashlib.sha256(), "["
+    for c in corpus.conversations:  # one at a time, with the bytes of `digest` of their list
+        sha256.update(f"{separator}{json.dumps([c.id, [[m.role, m.content] for m in c.messages]])}".encode())
+        separator = ", "
+    sha256.update(b"[]" if separator == "[" else b"]")
+    return sha256.hexdigest()[:12]

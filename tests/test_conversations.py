@@ -18,6 +18,8 @@ from ctxlib.conversations import (
     is_hub_dataset,
     iter_conversations,
     load_conversations,
+    loading,
+    open_conversations,
     save_conversations,
 )
 from ctxlib.params import InputError
@@ -205,7 +207,7 @@ def test_data_of_a_folder_that_would_not_be_read_is_an_error(tmp_path, name):
     write(tmp_path, [GOOD], "a.jsonl")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("data")
-    with pytest.raises(InputError, match=rf"holds {name.partition('/')[0]}/? besides, which would not be read"):
+    with pytest.raises(InputError, match=rf"holds also {name.partition('/')[0]}/?, which would not be read"):
         load_conversations(tmp_path)
 
 
@@ -307,6 +309,30 @@ def test_conversations_are_read_one_at_a_time_as_they_are_whole(tmp_path):
         assert tuple(iter_conversations(path, on_bad_row="drop", ledger=ledger)) == whole.conversations
         assert ledger.counts().equals(whole.dropped) and ledger.dropped_rows().equals(whole.dropped_rows)
         assert next(iter_conversations(path)).id == "0"  # before the bad row is reached
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.jsonl.gz", "rows.json"])
+def test_a_large_file_is_the_same_corpus_read_again_and_again(tmp_path, name, monkeypatch):
+    rows = [sharegpt(("human", f"q{n}"), ("gpt", "a")) | {"id": None if n % 3 else f"c{n}"} for n in range(40)]
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    else:
+        write(tmp_path, rows, name)
+    whole = load_conversations(tmp_path / name)
+    monkeypatch.setattr(loading, "STREAMED_FROM", 1)
+    streamed = open_conversations(tmp_path / name)
+    assert isinstance(streamed.conversations, tuple) == (name == "rows.json")
+    assert len(streamed) == 40 and streamed.format == whole.format
+    assert tuple(streamed.conversations) == tuple(streamed.conversations) == whole.conversations
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "STREAMED_FROM", 1)
+    path = write(tmp_path, [GOOD | {"id": "a"}], "rows.jsonl")
+    corpus = open_conversations(path)
+    write(tmp_path, [GOOD | {"id": "a"}, GOOD | {"id": "b"}], "rows.jsonl")
+    with pytest.raises(InputError, match=r"rows\.jsonl: changed while it was read"):
+        list(corpus.conversations)
 
 
 def test_a_limit_looks_no_further_than_it_must(tmp_path):

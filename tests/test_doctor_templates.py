@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from ctxlib.commands import cli
-from ctxlib.commands.doctor import examine_template, examine_templates, templates
-from ctxlib.conversations import Message
+from ctxlib.commands.doctor import CONVERSATIONS, examine_template, examine_templates, templates
+from ctxlib.commands.doctor.model import check_model, check_tokenizer
+from ctxlib.conversations import Message, load_conversations
 from ctxlib.miniature import model_source
-from ctxlib.models import load_tokenizer
+from ctxlib.models import load_model, load_tokenizer
 from ctxlib.params import InputError
 from ctxlib.roles import Role, role_map
 
@@ -137,3 +140,23 @@ def test_the_command_prints_a_verdict_per_file_and_their_counts(tmp_path, capsys
 def test_a_folder_without_templates_is_named(tmp_path, small):
     with pytest.raises(InputError, match=r"no \.jinja file in this folder"):
         examine_templates(tmp_path, small)
+
+
+def test_a_tokenizer_that_gives_other_ids_than_its_file_fails(small):
+    model, corpus = load_model(model_source("miniature:instruct"), device="cpu"), load_conversations(CONVERSATIONS)
+    assert check_tokenizer(model, small, corpus)[0].verdict != "fail"
+    other = load_tokenizer(model_source("miniature:instruct"))
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    (check,) = check_tokenizer(model, other, corpus)
+    assert check.verdict == "fail" and "other ids than its tokenizer.json" in check.finding
+
+
+def test_a_model_whose_frequencies_change_with_the_length_gets_a_note():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    config = Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,
+        num_key_value_heads=4, max_position_embeddings=256, original_max_position_embeddings=64,
+        rope_parameters=rope | {"original_max_position_embeddings": 64},
+    )  # fmt: skip
+    (check,) = check_model(Phi3ForCausalLM(config))
+    assert check.verdict == "note" and "other rotary frequencies beyond 64 tokens" in check.finding

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from ctxlib import scoring
-from ctxlib.conversations import Conversation, Corpus, Message
+from ctxlib.conversations import Conversation, Corpus, Message, loading, open_conversations, save_conversations
+from ctxlib.files import digest
 from ctxlib.metrics import layer_agreement, score_agreement
 from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, RoleMap, role_map
@@ -352,6 +353,35 @@ def test_shards_of_several_processes_are_read_as_one(model, tokenizer, corpus, t
     monkeypatch.setattr(scoring, "_score_batch", lambda *args: pytest.fail("scored again"))
     frame = score_corpus(model, tokenizer, corpus, **settings)
     assert len(frame) == sum(map(len, parts)) and list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
+
+
+def test_a_streamed_corpus_has_the_hash_the_parts_and_the_scores_of_a_loaded_one(
+    model, tokenizer, corpus, tmp_path, monkeypatch
+):
+    save_conversations(corpus, tmp_path / "talks.jsonl")
+    monkeypatch.setattr(loading, "STREAMED_FROM", 1)
+    streamed = open_conversations(tmp_path / "talks.jsonl")
+    assert not isinstance(streamed.conversations, tuple)
+    assert scoring.corpus_hash(streamed) == scoring.corpus_hash(corpus)
+    rows = [[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations]
+    assert scoring.corpus_hash(corpus) == digest(rows) and scoring.corpus_hash(corpus_of()) == digest([])
+    options = {"conversations_per_part": 2, "progress": False, "shard_dir": tmp_path / "parts"}
+    expected = score_corpus(model, tokenizer, corpus, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "_score_batch", None)  # not called: the parts are those of the loaded one
+        pd.testing.assert_frame_equal(score_corpus(model, tokenizer, streamed, **options), expected)
+    anew = score_corpus(model, tokenizer, streamed, conversations_per_part=2, progress=False, shard=(1, 2))
+    whole = score_corpus(model, tokenizer, corpus, conversations_per_part=2, progress=False, shard=(1, 2))
+    pd.testing.assert_frame_equal(anew, whole)
+
+
+def test_a_conversation_of_100_000_tokens_is_scored_as_far_as_it_fits(model, tokenizer):
+    talk = conversation("long", *(text for n in range(4000) for text in (f"What is {n}?", f"It is {n}.")))
+    assert len(role_map(tokenizer, talk.messages)) > 100_000
+    frame = score_corpus(model, tokenizer, corpus_of(talk), layers=[0], progress=False)
+    first = score_corpus(model, tokenizer, corpus_of(conversation("long", "What is 0?", "It is 0.")), progress=False)
+    assert frame.score[0] == pytest.approx(first.score[0], abs=1e-6)
+    assert frame.attrs["skipped"] == {"the answer ends beyond 256 tokens": 4000 - len(frame)} and 2 < len(frame) < 20
 
 
 def test_other_weights_data_or_settings_never_share_parts(model, tokenizer, corpus, tmp_path):

@@ -24,7 +24,7 @@ from pydantic import Strict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.commands.settings import ScoredRows, ScoreRun
-from ctxlib.conversations import Corpus, data_files, load_conversations, save_conversations
+from ctxlib.conversations import Corpus, data_files, open_conversations, save_conversations
 from ctxlib.files import check_writable, digest, file_digest, folder_for_now, write
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
@@ -58,7 +58,7 @@ class Settings(Loading, ScoredRows, ScoreRule, ScoreRun):
 
     def load_data(self) -> Corpus:
         rules = ("format", "split", "on_bad_row", "max_bad_rows", "remove_refusals", "limit")
-        return load_conversations(self.data, **{name: getattr(self, name) for name in rules})
+        return open_conversations(self.data, **{name: getattr(self, name) for name in rules})
 
     def changed(self, **changes: Any) -> "Settings":
         return Settings(**self.model_dump() | changes)

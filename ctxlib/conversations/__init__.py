@@ -5,6 +5,7 @@ from ctxlib.conversations.loading import (
     Ledger,
     iter_conversations,
     load_conversations,
+    open_conversations,
     save_conversations,
 )
 from ctxlib.conversations.sources import BadRow, data_files, file_rows, hub_rows, is_hub_dataset
@@ -25,5 +26,6 @@ __all__ = [
     "is_hub_dataset",
     "iter_conversations",
     "load_conversations",
+    "open_conversations",
     "save_conversations",
 ]

@@ -54,7 +54,7 @@ def data_files(source: str | Path) -> list[Path]:
     """The files that `load_conversations` reads, in its order: the file itself, or the data files of a folder.
 
     Suffixes count in any case, hidden files do not. Raises InputError if there are none, and for a folder that holds
-    other data besides (folders, tables, archives), which would be left out.
+    other data in addition (folders, tables, archives), which would be left out.
     """
     path = expanded(source)
     if not path.exists():
@@ -75,8 +75,8 @@ def data_files(source: str | Path) -> list[Path]:
         raise InputError(f"{source}: no data file in this folder (looked for {kinds}{found})")
     if unread:
         raise InputError(
-            f"{source}: holds {_named(unread)} besides, which would not be read (only {kinds}, no sub-folders); "
-            "move or remove what is not meant, or name the files to read one by one"
+            f"{source}: holds also {_named(unread)}, which would not be read (only {kinds}, no sub-folders); "
+            "move or remove such data, or name the files to read one by one"
         )
     return files
 
@@ -201,6 +201,11 @@ def _parsed(line: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         return BadRow("malformed JSON", "", f"{getattr(error, 'msg', error)}{column}; repair or remove it")
+
+
+def reads_by_row(path: Path) -> bool:
+    """Whether a file is read row by row, never as a whole."""
+    return _kind(path) == ".parquet" or (_READERS.get(_kind(path)) is _jsonl_rows and not _is_one_list(path))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

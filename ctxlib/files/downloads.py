@@ -53,7 +53,7 @@ def read_text(path: Path, remedy: str = AGAIN) -> str:
 
 
 def read_json(path: Path, remedy: str = AGAIN) -> Any:
-    """The content of a JSON file; InputError as `read_text`, and with line and column if it is malformed or cut."""
+    """The content of a JSON file; InputError as `read_text`, with line and column if it is malformed or cut short."""
     return parse_json(read_text(path, remedy), path, remedy)
 
 

@@ -35,7 +35,7 @@ PAPER_NEEDLE = {
 }
 AUTHORS_PREFIX_WORDS = 8
 AUTHORS_BUFFER = 200  # tokens of every length that the authors' code keeps free
-LONGEST_SENTENCE = 500  # tokens; what is longer has no sentence ends (a transcript, a table) and is cut into pieces
+LONGEST_SENTENCE = 500  # tokens; longer stretches have no sentence ends (a transcript, a table) and are cut into pieces
 PIECE = 50  # tokens of such a piece
 # A full stop of Latin scripts needs a space behind it; those of other scripts end a sentence by themselves, closing
 # quotes included.
@@ -116,14 +116,14 @@ def text_needles(
     All depths of one length and repetition share the stretch. With several needles the depth is that of the first
     (`needle_depths` has the others), and `keywords` are those of all. `prompt` is a number of `PROMPTS`.
 
-    - `standard`: the haystack is the longest run of whole sentences that fits beside the needles, so that a context is
-      never longer than `context_length_tokens`, tokens of the tokenizer, and at most one sentence shorter. Stretches of
-      more than LONGEST_SENTENCE tokens without a sentence end are cut into pieces, and a sentence without which more
-      than half of the length would stay empty is cut at a token.
+    - `standard`: the haystack is the longest run of whole sentences that fits in addition to the needles, so that a
+      context is never longer than `context_length_tokens`, tokens of the tokenizer, and at most one sentence shorter.
+      Stretches of more than LONGEST_SENTENCE tokens without a sentence end are cut into pieces, and a sentence without
+      which more than half of the length would stay empty is cut at a token.
     - `authors_code`: the haystack is cut at a token; the needle's tokens go behind the last full stop before their
       depth; of each length `AUTHORS_BUFFER` tokens are kept free, with a slice that ends before its beginning at short
-      lengths, so that of 200 tokens 200 are left, and of 242 only 42. `context_length_tokens` is what is left; the
-      length asked for stands in the id. The first repetition is theirs, the haystack's beginning. Prompts 3 and 4 say
+      lengths, so that of 200 tokens 200 are left, and of 242 only 42. `context_length_tokens` is the remainder; the
+      requested length is part of the id. The first repetition is theirs, the haystack's beginning. Prompts 3 and 4 say
       "accoriding", and where no `response_prefix` is given it is the needle's first eight words.
 
     Reference: Wang et al. 2024, sections 2.1 and A.3, table 8; official LLMNeedleHaystackTester.py.
@@ -198,7 +198,7 @@ def needle_groups(rendered: RoleMap, question: Question, needles: Sequence[str] 
         if text.count(needle) != 1:
             raise InputError(
                 f"question {question.id!r}: {needle!r} is there {text.count(needle)} times instead of once; "
-                "give the needle as it stands in the haystack"
+                "give the needle as it occurs in the haystack"
             )
         start = text.index(needle)
         inside |= (rendered.chars[:, 1] > start) & (rendered.chars[:, 0] < start + len(needle))
@@ -325,7 +325,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _costs(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> list[int]:
-    """Tokens of each sentence where it stands in the text, with the space before it."""
+    """Tokens of each sentence in its place in the text, with the space before it."""
     ends = np.cumsum([len(sentence) + 1 for sentence in sentences])
     text = "".join(f" {sentence}" for sentence in sentences)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

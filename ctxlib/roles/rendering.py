@@ -147,7 +147,7 @@ def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What an error calls the tokenizer: its folder, or its class."""
+    """The tokenizer's name in error messages: its folder, or its class."""
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 
@@ -164,7 +164,7 @@ def _spelled(chat_template: str, special_tokens: tuple[tuple[str, str], ...]) ->
 
 
 def _variables(special_tokens: dict[str, str], generation_prompt: bool) -> dict[str, Any]:
-    """What a template is given besides the messages; a clock that stands still, so that two renderings agree."""
+    """What a template is given besides the messages; a stopped clock, so that two renderings agree."""
     clock = datetime.datetime.now().strftime
     fixed = {"tools": None, "documents": None, "strftime_now": clock, "add_generation_prompt": generation_prompt}
     return {**fixed, **special_tokens}
@@ -198,7 +198,7 @@ def _plain(value):
 
 
 def _lift(value):
-    """A string in which traced characters have come to lie, as a traced one."""
+    """A string that holds traced characters, as a traced one."""
     if isinstance(value, str) and not isinstance(value, _Traced) and _PRIVATE.search(value):
         return _Traced(value)
     return value

@@ -1,8 +1,8 @@
 """A folder of chat templates: which of them show who wrote which token, which are refused, and which are wrong.
 
 A template is wrong if its map of roles is: if characters of a message lie in tokens of another role (a leak), or in
-none. That is found out without the map's own bookkeeping, from the text that transformers renders and from what the
-tokens of a role spell.
+none. This is checked independently of the map's own bookkeeping, against the text that transformers renders and the
+text that the tokens of a role spell.
 """
 
 import copy
@@ -21,7 +21,7 @@ from ctxlib.params import InputError, expanded
 from ctxlib.roles import Role, RoleMap, role_map
 
 VERDICTS = ("wrong", "refused", "supported")
-CONVERSATIONS = {  # what is tried; a template has to express the first
+CONVERSATIONS = {  # a template has to express the first
     "question and answer": TALK[1:3],
     "several turns": TALK[1:],
     "a system text": TALK,
@@ -47,7 +47,7 @@ def examine_templates(folder: str | Path, tokenizer: Any) -> pd.DataFrame:
 
 
 def examine_template(template: str, tokenizer: Any, name: str = "this template") -> tuple[str, str]:
-    """Verdict and finding of one template; `name` is what a finding calls it."""
+    """Verdict and finding of one template, which findings call `name`."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.name_or_path = name
     tokenizer.chat_template = template
@@ -79,7 +79,7 @@ def _shown(tokenizer: Any, messages: Sequence[Message]) -> list[bool]:
 
 
 def _faults(tokenizer: Any, messages: Sequence[Message], role_of: RoleMap) -> Iterator[str]:
-    """What is wrong with a map: other ids than transformers', a message that its tokens do not spell, or too much."""
+    """The faults of a map: ids that differ from transformers', or tokens that spell less or more than the messages."""
     spells_markers = any(_MARKER.search(message.content) for message in messages)
     theirs = tokenizer.apply_chat_template(dicts(messages), return_dict=True)["input_ids"]
     if role_of.ids.tolist() != theirs and not spells_markers:
