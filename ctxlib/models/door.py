@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -237,8 +237,10 @@ def load_model(
     adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
-) -> PreTrainedModel | PeftModel:
-    """Causal language model in eval mode, from a local folder or a hub id; safetensors only, never remote code.
+) -> nn.Module:
+    """Causal language model in eval mode (with an adapter a PeftModel), from a local folder or a hub id.
+
+    Only safetensors are read, and remote code is never run.
 
     Parameters
     ----------
@@ -285,7 +287,7 @@ def load_model(
         )
     _check_complete(report, path)
     if getattr(model, "is_quantized", False):
-        import bitsandbytes  # a fifth of all time that imports take, and few need it
+        import bitsandbytes
 
         for module in model.modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -358,7 +360,9 @@ def _shape(of: Any) -> str:
     return "×".join(map(str, tuple(of)))
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path) -> nn.Module:
+    from peft import PeftModel  # with bitsandbytes a quarter of all time that imports take, and few need it
+
     resize_with_mean(model, len(load_tokenizer(adapter)))
     try:
         with _opening("adapter", adapter), warnings.catch_warnings():
@@ -371,8 +375,10 @@ def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path)
     return laid
 
 
-def _check_adapter_is_read(model: PeftModel, file: Path, path: str | Path) -> None:
+def _check_adapter_is_read(model: nn.Module, file: Path, path: str | Path) -> None:
     """Raises InputError unless the adapter's file holds exactly the weights that were laid over the model."""
+    from peft import get_peft_model_state_dict
+
     with safe_open(file, framework="pt") as weights:
         in_file = set(weights.keys())
     known = set(get_peft_model_state_dict(model, save_embedding_layers=False))
