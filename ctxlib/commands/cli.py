@@ -322,8 +322,10 @@ def main() -> None:
         is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.filename is None and not is_full:
             raise
-        _discard_output()
-        what, remedy = (error.filename, "correct it, or its permissions") if not is_full else ("output", "make room")
+        what, remedy = error.filename, "correct it, or its permissions"
+        if is_full:
+            _discard_output()
+            what, remedy = "output", "make room"
         print(f"{what}: {error.strerror}; {remedy}", file=sys.stderr)
         status = 2
     raise SystemExit(status)
