@@ -1,4 +1,4 @@
-"""What the tasks ask and how they score it: ctxlib's own questions and rules, in the harness's terms."""
+"""Questions and scoring of the tasks: ctxlib's own questions and rules, in the harness's terms."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def documents(
 
     They come from the official JSON file or the hub's `owner/name` that `metadata` holds under the dataset's name, of
     the hub's its `split`; `prompt` and `variant` are those of `ctxlib.questions.qa.load_questions`. The `indicator`
-    stands right behind the last message. The command line gives `--metadata '{"squad": "dev-v1.1.json", "variant":
+    follows the last message directly. The command line gives `--metadata '{"squad": "dev-v1.1.json", "variant":
     "authors_code"}'`.
 
     Raises InputError for an unknown variant, a source that cannot be read, and one of another dataset.

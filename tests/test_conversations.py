@@ -1,5 +1,6 @@
 """Conversations: three formats in, one out; every bad row is an error with a name, or counted."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctxlib.conversations import Conversation, Corpus, Message, is_hub_dataset, load_conversations, save_conversations
+from ctxlib.conversations import (
+    Conversation,
+    Corpus,
+    Ledger,
+    Message,
+    is_hub_dataset,
+    iter_conversations,
+    load_conversations,
+    loading,
+    open_conversations,
+    save_conversations,
+)
 from ctxlib.params import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "conversations"
@@ -175,6 +187,152 @@ def test_a_folder_is_its_data_files_one_after_the_other(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: no data file in this folder"):
         load_conversations(tmp_path / "empty")
+
+
+def test_files_count_in_any_case_hidden_ones_do_not_and_packed_ones_do(tmp_path):
+    write(tmp_path, [GOOD | {"id": "a"}], "a.jsonl").rename(tmp_path / "A.JSONL")
+    (tmp_path / "._A.JSONL").write_bytes(b"\x00\x05")
+    packed = "".join(json.dumps(GOOD | {"id": name}) + "\n" for name in "bc")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(packed.encode()))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps([GOOD | {"id": "d"}]).encode()))
+    assert [c.id for c in load_conversations(tmp_path).conversations] == ["a", "b", "c", "d"]
+    for cut in (5, 30):
+        (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(packed.encode())[:cut])
+        with pytest.raises(InputError, match=r"b\.jsonl\.gz: not readable: .*fetch it again"):
+            load_conversations(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["more/part.jsonl", "part.csv", "part.zip", "part.jsonl.zst"])
+def test_data_of_a_folder_that_would_not_be_read_is_an_error(tmp_path, name):
+    write(tmp_path, [GOOD], "a.jsonl")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("data")
+    with pytest.raises(InputError, match=rf"holds also {name.partition('/')[0]}/?, which would not be read"):
+        load_conversations(tmp_path)
+
+
+def test_a_list_of_rows_is_read_also_from_a_file_of_lines(tmp_path):
+    rows = [GOOD | {"id": "a"}, GOOD | {"id": "b"}]
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), "\n" + json.dumps(rows, indent=1)):
+        (tmp_path / "rows.jsonl").write_text(text)
+        assert [c.id for c in load_conversations(tmp_path / "rows.jsonl").conversations] == ["a", "b"]
+
+
+def test_the_format_is_that_of_a_key_that_holds_something(tmp_path):
+    for name in ("rows.json", "rows.jsonl", "rows.parquet"):
+        path = write(tmp_path, [{"messages": None, **GOOD}, {"messages": None, **GOOD}], name)
+        assert len(load_conversations(path)) == 2
+
+
+def test_rows_without_an_id_get_names_that_no_row_has_as_its_id(tmp_path):
+    rows = [GOOD, GOOD | {"id": 1}, GOOD | {"id": "row 1"}, GOOD, GOOD | {"id": None}, GOOD | {"id": "x"}]
+    for name in ("rows.json", "rows.jsonl"):
+        path = write(tmp_path, rows, name)
+        names = [c.id for c in load_conversations(path).conversations]
+        assert names == ["row row 1", "1", "row 1", "4", "5", "x"]
+
+
+def test_a_rows_system_text_is_the_first_message(tmp_path):
+    said = [("system", "Be brief."), ("user", "a"), ("assistant", "b")]
+    rows = [
+        GOOD | {"system": "Be brief."},
+        sharegpt(("system", "Be brief."), ("human", "a"), ("gpt", "b"), system_prompt="Be brief."),
+        GOOD | {"system": " ", "system_prompt": None},
+    ]
+    assert texts(load_conversations(write(tmp_path, rows))) == [said, said, said[1:]]
+    path = write(tmp_path, [sharegpt(("system", "Be long."), ("human", "a"), ("gpt", "b"), system="Be brief.")])
+    with pytest.raises(InputError, match="row 1, system: key not read: the first turn is another system text"):
+        load_conversations(path)
+
+
+MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        *((GOOD | {key: value}, key) for key, value in (("images", ["a.png"]), ("tools", [{}]), ("chosen", "x"))),
+        (MESSAGES | {"context": "A passage."}, "context"),
+        (MESSAGES | {"history": [["a", "b"]]}, "history"),
+        (MESSAGES | {"label": False}, "label"),
+        ({"instruction": "a", "input": "x", "context": "y", "output": "b"}, "context"),
+        ({"instruction": "a", "output": "b", "response": "c"}, "response"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history"),
+        ({"messages": [MESSAGES["messages"][0], MESSAGES["messages"][1] | {"weight": 0}]}, r"messages\[1\]\.weight"),
+        ({"messages": [MESSAGES["messages"][0] | {"images": ["a"]}]}, r"messages\[0\]\.images"),
+    ],
+)
+def test_a_key_that_changes_what_a_row_means_is_never_passed_over(tmp_path, row, key):
+    path = write(tmp_path, [row, row | {"id": "2"}])
+    with pytest.raises(
+        InputError, match=rf"row 1, {key}: key not read: .*; write it into the texts, or remove the key"
+    ):
+        load_conversations(path)
+    good = write(tmp_path, [(GOOD if "conversations" in row else MESSAGES) | {"id": "g"}, row], "mixed.json")
+    if "instruction" not in row:
+        assert counted(load_conversations(good, on_bad_row="drop")) == {"key not read": 1}
+
+
+def test_keys_that_say_nothing_are_passed_over(tmp_path):
+    nothing = {"images": [], "tools": None, "chosen": "", "context": " ", "source": "here", "label": "news"}
+    weighted = [message | {"weight": 1, "tool_calls": []} for message in MESSAGES["messages"]]
+    assert len(load_conversations(write(tmp_path, [{"messages": weighted} | nothing]))) == 1
+
+
+def test_dolly_as_published_gives_kinds_and_what_depends_on_its_passage(tmp_path):
+    rows = [
+        {"instruction": "q", "context": "p", "response": "a", "category": "closed_qa"},
+        {"instruction": "q", "context": "", "response": "a", "category": "brainstorming"},
+        {"instruction": "q", "context": "", "response": "a", "category": "news"},
+    ]
+    corpus = load_conversations(write(tmp_path, rows, "rows.jsonl"))
+    assert texts(corpus)[:2] == [[("user", "q\n\np"), ("assistant", "a")], [("user", "q"), ("assistant", "a")]]
+    answers = [c.messages[-1] for c in corpus.conversations]
+    assert [a.kind for a in answers] == ["closed_qa", "brainstorming", None]
+    assert [a.depends_on_context for a in answers] == [True, False, None]
+
+
+def test_turns_of_mt_bench_101_are_read(tmp_path):
+    rows = [{"task": "GR", "id": 1, "history": [{"user": "a", "bot": "b"}, {"user": "c", "bot": "d"}]}]
+    corpus = load_conversations(write(tmp_path, rows, "rows.jsonl"))
+    assert texts(corpus) == [[("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]]
+    path = write(tmp_path, [{"id": 1, "history": [{"user": "a", "bot": "b"}, {"user": " ", "bot": "d"}]}])
+    with pytest.raises(InputError, match=r"row 1, history\[1\]\.user: empty turn"):
+        load_conversations(path)
+
+
+def test_conversations_are_read_one_at_a_time_as_they_are_whole(tmp_path):
+    rows = [GOOD | {"id": str(n)} for n in range(5)] + [{"conversations": 1}, GOOD]
+    for name in ("rows.json", "rows.jsonl"):
+        path, ledger = write(tmp_path, rows, name), Ledger()
+        whole = load_conversations(path, on_bad_row="drop")
+        assert tuple(iter_conversations(path, on_bad_row="drop", ledger=ledger)) == whole.conversations
+        assert ledger.counts().equals(whole.dropped) and ledger.dropped_rows().equals(whole.dropped_rows)
+        assert next(iter_conversations(path)).id == "0"  # before the bad row is reached
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.jsonl.gz", "rows.json"])
+def test_a_large_file_is_the_same_corpus_read_again_and_again(tmp_path, name, monkeypatch):
+    rows = [sharegpt(("human", f"q{n}"), ("gpt", "a")) | {"id": None if n % 3 else f"c{n}"} for n in range(40)]
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    else:
+        write(tmp_path, rows, name)
+    whole = load_conversations(tmp_path / name)
+    monkeypatch.setattr(loading, "STREAMED_FROM", 1)
+    streamed = open_conversations(tmp_path / name)
+    assert isinstance(streamed.conversations, tuple) == (name == "rows.json")
+    assert len(streamed) == 40 and streamed.format == whole.format
+    assert tuple(streamed.conversations) == tuple(streamed.conversations) == whole.conversations
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "STREAMED_FROM", 1)
+    path = write(tmp_path, [GOOD | {"id": "a"}], "rows.jsonl")
+    corpus = open_conversations(path)
+    write(tmp_path, [GOOD | {"id": "a"}, GOOD | {"id": "b"}], "rows.jsonl")
+    with pytest.raises(InputError, match=r"rows\.jsonl: changed while it was read"):
+        list(corpus.conversations)
 
 
 def test_a_limit_looks_no_further_than_it_must(tmp_path):

@@ -286,7 +286,7 @@ def test_conversations_in_an_unknown_language_are_noted(model, tokenizer):
 # Templates
 
 TEMPLATES = {
-    "own turn": (ZEPHYR + PROMPT, "system text", "ok", "stands outside the user's turn"),
+    "own turn": (ZEPHYR + PROMPT, "system text", "ok", "is outside the user's turn"),
     "folded": (FOLDED, "system text", "ok", "is folded into the first user's turn"),
     "refused": (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + ZEPHYR,

@@ -123,6 +123,36 @@ def test_the_authors_haystack_keeps_double_spaces_and_loses_a_last_character(tmp
     assert " ".join(read_haystack(tmp_path)) == "One. Two! Three and four. Five. Six"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("谷仓里有盐。绳子在船上！“铁匠呢？”他问。", ["谷仓里有盐。", "绳子在船上！", "“铁匠呢？”", "他问。"]),
+        ("वह आया। वह गया।", ["वह आया।", "वह गया।"]),
+        ("It cost 3.50 then. Who? I.", ["It cost 3.50 then.", "Who?", "I."]),
+    ],
+)
+def test_a_haystack_ends_its_sentences_as_its_script_does(tmp_path, text, sentences):
+    (tmp_path / "a.TXT").write_text(text, encoding="utf-8")
+    assert read_haystack(tmp_path) == sentences
+
+
+def test_files_of_a_haystack_that_are_not_read_are_named(haystack):
+    (haystack / "c.md").write_text("More.", encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"not read, as they are no \.txt files: c\.md"):
+        assert read_haystack(haystack) == SENTENCES
+
+
+def test_a_text_without_sentence_ends_fills_its_contexts_all_the_same(tokenizer):
+    words = " ".join(f"word{n}" for n in range(900))
+    questions = ask([words], tokenizer, lengths=[200, 700], depths=[0, 50, 100], per_cell=2)
+    for question in questions:
+        context, length = context_of(question), question.context_length_tokens
+        assert length / 2 <= n_tokens(tokenizer, f" {context}") <= length and context.count(NEEDLE) == 1
+        assert set(context.replace(NEEDLE, "").split()) <= set(words.split())
+    middle = [context_of(q).index(NEEDLE) for q in questions if q.depth_percent == 50]
+    assert all(place > 50 for place in middle)
+
+
 def test_a_context_is_never_longer_than_reported_and_at_most_one_sentence_shorter(haystack, tokenizer):
     sentence = max(n_tokens(tokenizer, f" {s}") for s in SENTENCES)
     questions = ask(read_haystack(haystack), tokenizer, lengths=[300, 400])

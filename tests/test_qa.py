@@ -1,5 +1,6 @@
 """SQuAD, QuAC and DROP as questions: official files, the hub's rows, the paper's prompts."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -299,7 +300,7 @@ def test_a_hub_dataset_that_is_a_script_is_read_from_its_conversion(monkeypatch)
         ("{", r"line 1: malformed JSON"),
         (json.dumps(squad(squad_qa(["Ada"])))[:60], "malformed JSON .* cut short"),
         ("{}", "in none of the formats"),
-        ("[1]", "in none of the formats"),
+        ("[1]", "row 1, row: expected an object"),
         ('{"data": []}', "holds no question"),
         ('{"data": 3}', r"data: expected list, got 3"),
         ('{"data": [{"paragraphs": [{}]}]}', r"data\[0\]\.paragraphs\[0\]\.context: expected str, got None"),
@@ -318,6 +319,73 @@ def test_another_format_is_refused_by_file_and_key(tmp_path, content, said):
     file = tmp_path / "bad.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError, match=rf"bad\.json.*{said}.*qa\.source"):
+        load_questions(file)
+
+
+SQUAD_ROW = {
+    "id": "r",
+    "context": "Ada wrote it.",
+    "question": "Who?",
+    "answers": {"text": ["Ada"], "answer_start": [0]},
+}
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "rows.jsonl.gz"])
+def test_a_file_of_rows_is_read_by_the_hubs_columns(tmp_path, name):
+    rows = [SQUAD_ROW | {"id": f"r{n}", "title": "T"} for n in range(2)]
+    swap = {
+        "question": "Who?",
+        "org_context": "Ada.",
+        "org_answer": ["Ada"],
+        "sub_context": "Bo.",
+        "sub_answer": ["Bo"],
+    }
+    for content, kind, answers, memory in ((rows, "squad", ("Ada",), None), ([swap], "nq_swap", ("Bo",), "Ada")):
+        path, lines = tmp_path / name, "".join(json.dumps(row) + "\n" for row in content)
+        if name.endswith(".parquet"):
+            pd.DataFrame(content).to_parquet(path)
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress(lines.encode()))
+        else:
+            path.write_text(json.dumps(content) if name.endswith(".json") else lines)
+        questions = load_questions(path)
+        assert len(questions) == len(content)
+        assert {(q.kind, q.answers, q.memory_answer) for q in questions} == {(kind, answers, memory)}
+
+
+def test_a_table_of_other_columns_is_refused_by_its_columns(tmp_path):
+    pd.DataFrame([{"prompt": "a", "reply": "b"}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(
+        InputError, match=r"rows\.parquet, row 1, found 'prompt', 'reply'; expected the columns context, "
+    ):
+        load_questions(tmp_path / "rows.parquet")
+
+
+def test_a_file_of_quac_is_recognised_by_any_of_its_keys(tmp_path):
+    content = quac([2])
+    for paragraph in content["data"][0]["paragraphs"]:
+        for qa in paragraph["qas"]:
+            del qa["orig_answer"]
+    one, other = load_questions(write(tmp_path, content))
+    assert (one.kind, other.kind) == ("quac", "quac")
+    assert other.messages[1].content == content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (drop(drop_answer() | {"date": "1702"}), r"nfl_1\.qa_pairs\[0\]\.answer\.date: expected day, month and year"),
+        (drop(drop_answer() | {"spans": "red"}), r"answer\.spans: expected a list of texts, got 'red'|spans: expected"),
+        (drop(drop_answer() | {"number": [3]}), r"answer\.number: expected a number, got \[3\]"),
+        ([SQUAD_ROW | {"context": "A \ud83d"}], r"question 'r', context: invalid Unicode"),
+        ([SQUAD_ROW | {"id": "\ud83d"}], r"id: invalid Unicode"),
+        ([SQUAD_ROW, 3], r"row 2, row: expected an object"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named_by_question_and_key(tmp_path, content, said):
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"bad\.json.*{said}"):
         load_questions(file)
 
 

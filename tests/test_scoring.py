@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from ctxlib import scoring
-from ctxlib.conversations import Conversation, Corpus, Message
+from ctxlib.conversations import Conversation, Corpus, Message, loading, open_conversations, save_conversations
+from ctxlib.files import digest
 from ctxlib.metrics import layer_agreement, score_agreement
 from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, encoded_ahead, length_buckets, reduce_heads
+from ctxlib.scoring import answered_turns, encoded_ahead, length_buckets, reduce_heads, rope_borders
 
 
 def score_corpus(model, tokenizer, corpus, **options):
@@ -271,7 +272,7 @@ def test_progress_tells_tokens_a_second(model, tokenizer, corpus, capsys):
 def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, corpus, tmp_path, monkeypatch):
     settings = {"layers": [0, 2], "conversations_per_part": 1, "progress": False}
     whole = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "whole", **settings)
-    score_batch, calls = scoring._score_batch, []
+    score_batch, calls = scoring.corpus._score_batch, []
 
     def dies_after_two(*args):
         if len(calls) == 2:
@@ -279,7 +280,7 @@ def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, 
         calls.append(1)
         return score_batch(*args)
 
-    monkeypatch.setattr(scoring, "_score_batch", dies_after_two)
+    monkeypatch.setattr(scoring.corpus, "_score_batch", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "killed", **settings)
     assert [path.name for path in sorted(tmp_path.glob("killed/*/*.parquet"))] == [
@@ -288,7 +289,7 @@ def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, 
     ]
 
     calls.clear()
-    monkeypatch.setattr(scoring, "_score_batch", lambda *args: calls.append(1) or score_batch(*args))
+    monkeypatch.setattr(scoring.corpus, "_score_batch", lambda *args: calls.append(1) or score_batch(*args))
     resumed = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "killed", **settings)
     assert len(calls) == 3
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
@@ -329,7 +330,7 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
 ):
     settings = {"layers": [0], "shard_dir": tmp_path, "conversations_per_part": 3, "progress": False}
     whole = score_corpus(model, tokenizer, corpus, layers=[0], token_budget=1, progress=False)
-    score_batch, scored = scoring._score_batch, []
+    score_batch, scored = scoring.corpus._score_batch, []
 
     def full(*args):
         if len(scored) == (1 if token_budget > 1 else 3):
@@ -338,8 +339,8 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
         return score_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_score_batch", full)
-        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*kept in {tmp_path}"):
+        patch.setattr(scoring.corpus, "_score_batch", full)
+        with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*is kept in {tmp_path}"):
             score_corpus(model, tokenizer, corpus, token_budget=token_budget, **settings)
     assert len(list(tmp_path.glob("*/part-*.parquet"))) == 1
     again = score_corpus(model, tokenizer, corpus, token_budget=1, **settings)
@@ -349,9 +350,38 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
 def test_shards_of_several_processes_are_read_as_one(model, tokenizer, corpus, tmp_path, monkeypatch):
     settings = {"layers": [1], "conversations_per_part": 2, "shard_dir": tmp_path, "progress": False}
     parts = [score_corpus(model, tokenizer, corpus, shard=(i, 2), **settings) for i in (1, 0)]
-    monkeypatch.setattr(scoring, "_score_batch", lambda *args: pytest.fail("scored again"))
+    monkeypatch.setattr(scoring.corpus, "_score_batch", lambda *args: pytest.fail("scored again"))
     frame = score_corpus(model, tokenizer, corpus, **settings)
     assert len(frame) == sum(map(len, parts)) and list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
+
+
+def test_a_streamed_corpus_has_the_hash_the_parts_and_the_scores_of_a_loaded_one(
+    model, tokenizer, corpus, tmp_path, monkeypatch
+):
+    save_conversations(corpus, tmp_path / "talks.jsonl")
+    monkeypatch.setattr(loading, "STREAMED_FROM", 1)
+    streamed = open_conversations(tmp_path / "talks.jsonl")
+    assert not isinstance(streamed.conversations, tuple)
+    assert scoring.corpus_hash(streamed) == scoring.corpus_hash(corpus)
+    rows = [[c.id, [[m.role, m.content] for m in c.messages]] for c in corpus.conversations]
+    assert scoring.corpus_hash(corpus) == digest(rows) and scoring.corpus_hash(corpus_of()) == digest([])
+    options = {"conversations_per_part": 2, "progress": False, "shard_dir": tmp_path / "parts"}
+    expected = score_corpus(model, tokenizer, corpus, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.corpus, "_score_batch", None)  # not called: the parts are those of the loaded one
+        pd.testing.assert_frame_equal(score_corpus(model, tokenizer, streamed, **options), expected)
+    anew = score_corpus(model, tokenizer, streamed, conversations_per_part=2, progress=False, shard=(1, 2))
+    whole = score_corpus(model, tokenizer, corpus, conversations_per_part=2, progress=False, shard=(1, 2))
+    pd.testing.assert_frame_equal(anew, whole)
+
+
+def test_a_conversation_of_100_000_tokens_is_scored_as_far_as_it_fits(model, tokenizer):
+    talk = conversation("long", *(text for n in range(4000) for text in (f"What is {n}?", f"It is {n}.")))
+    assert len(role_map(tokenizer, talk.messages)) > 100_000
+    frame = score_corpus(model, tokenizer, corpus_of(talk), layers=[0], progress=False)
+    first = score_corpus(model, tokenizer, corpus_of(conversation("long", "What is 0?", "It is 0.")), progress=False)
+    assert frame.score[0] == pytest.approx(first.score[0], abs=1e-6)
+    assert frame.attrs["skipped"] == {"the answer ends beyond 256 tokens": 4000 - len(frame)} and 2 < len(frame) < 20
 
 
 def test_other_weights_data_or_settings_never_share_parts(model, tokenizer, corpus, tmp_path):
@@ -403,6 +433,30 @@ def test_buckets_keep_the_token_budget_and_lose_nobody():
     assert len(buckets) == 3
 
 
+def test_a_score_does_not_depend_on_what_shares_its_batch_where_frequencies_change(tokenizer):
+    torch.manual_seed(3)
+    half = 32 // 4 // 2
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * half, "long_factor": [8.0] * half}
+    config = Phi3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.4, pad_token_id=0,
+        original_max_position_embeddings=64, rope_parameters=rope | {"original_max_position_embeddings": 64},
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    assert rope_borders(model.config) == [64]
+    short, long = conversation("short", "Who is it?", "It is Bo."), conversation("long", "a b c " * 20, "Not known.")
+    assert len(role_map(tokenizer, short.messages)) < 64 < len(role_map(tokenizer, long.messages))
+    alone, beside = (
+        score_corpus(model, tokenizer, corpus_of(*talks), token_budget=8192, progress=False)
+        for talks in ((short,), (short, long))
+    )
+    assert torch.allclose(torch.tensor(alone.score), torch.tensor(beside.score[: len(alone)]), atol=1e-7)
+    other = copy.deepcopy(model)
+    other.model.rotary_emb.config.rope_parameters["original_max_position_embeddings"] = 1
+    moved = score_corpus(other, tokenizer, corpus_of(short), token_budget=8192, progress=False)
+    assert (moved.score - alone.score).abs().max() > 1e-4  # the other frequencies would have shown
+
+
 def frame_of(**by_layer):
     rows = [(f"c{i}", 1, int(name[1:]), s) for name, scores in by_layer.items() for i, s in enumerate(scores)]
     return pd.DataFrame(rows, columns=["conversation", "turn", "layer", "score"])
@@ -442,7 +496,7 @@ def test_an_error_of_an_encoder_ends_the_scoring(threads):
 def test_threads_that_encode_ahead_change_no_score(model, tokenizer, corpus, monkeypatch):
     options = {"conversations_per_part": 2, "progress": False}
     expected = score_corpus(model, tokenizer, corpus, **options)
-    monkeypatch.setattr(scoring, "encoded_ahead", lambda parts, encode, _: encoded_ahead(parts, encode, 2))
+    monkeypatch.setattr(scoring.corpus, "encoded_ahead", lambda parts, encode, _: encoded_ahead(parts, encode, 2))
     pd.testing.assert_frame_equal(score_corpus(model, tokenizer, corpus, **options), expected, check_exact=True)
 
 

@@ -44,6 +44,7 @@ from ctxlib.params import (
     ScoreRule,
     Seed,
     Variant,
+    expanded,
     load_params,
 )
 
@@ -131,8 +132,9 @@ def plan(
 
 @app.command
 def doctor(
-    model: Model,
+    model: Model | None = None,
     *,
+    templates: Annotated[Path | None, option("Examine the .jinja files of this folder instead of a model.")] = None,
     layer: Annotated[Layer | None, option("Layer to score (0-based); by default round(depth × 15/22).")] = None,
     indicator: Annotated[str, option("The text that is to become a token.")] = Models.model_fields["indicator"].default,
     loading: options(Loading, MODEL, "dtype", "quantisation", "chat_template", "revision") = None,
@@ -145,8 +147,12 @@ def doctor(
     """
     from rich.console import Console
 
-    from ctxlib.commands.doctor import examine, open_patient, print_examination
+    from ctxlib.commands.doctor import examine, open_patient, print_examination, print_templates
 
+    if (model is None) == (templates is None):
+        raise InputError("doctor: name a model, or a folder of chat templates (--templates), and not both")
+    if templates is not None:
+        raise SystemExit(print_templates(templates, as_json=as_json))
     patient, tokenizer, corpus = open_patient(model, **values(loading))
     frame = examine(patient, tokenizer, layer=layer, indicator=indicator, corpus=corpus, progress=_announce)
     if as_json:
@@ -163,9 +169,11 @@ def _announce(check: str) -> None:
 @app.command
 def miniature(*, out: Annotated[Path, option("Folder for the two models; an interrupted run resumes there.")]) -> None:
     """Train both models of the miniature from scratch and write their cards."""
+    from ctxlib.files import check_writable
     from ctxlib.miniature.build import build
 
-    build(out)
+    check_writable(expanded(out))
+    build(expanded(out))
 
 
 @app.command
@@ -314,8 +322,10 @@ def main() -> None:
         is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.filename is None and not is_full:
             raise
-        _discard_output()
-        what, remedy = (error.filename, "correct it, or its permissions") if not is_full else ("output", "make room")
+        what, remedy = error.filename, "correct it, or its permissions"
+        if is_full:
+            _discard_output()
+            what, remedy = "output", "make room"
         print(f"{what}: {error.strerror}; {remedy}", file=sys.stderr)
         status = 2
     raise SystemExit(status)

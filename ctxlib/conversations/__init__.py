@@ -2,24 +2,30 @@
 
 from ctxlib.conversations.loading import (
     REFUSALS,
-    data_files,
-    hub_rows,
-    is_hub_dataset,
+    Ledger,
+    iter_conversations,
     load_conversations,
+    open_conversations,
     save_conversations,
 )
+from ctxlib.conversations.sources import BadRow, data_files, file_rows, hub_rows, is_hub_dataset
 from ctxlib.conversations.types import Conversation, Corpus, Message, Question, Rule
 
 __all__ = [
     "REFUSALS",
+    "BadRow",
     "Conversation",
     "Corpus",
+    "Ledger",
     "Message",
     "Question",
     "Rule",
     "data_files",
+    "file_rows",
     "hub_rows",
     "is_hub_dataset",
+    "iter_conversations",
     "load_conversations",
+    "open_conversations",
     "save_conversations",
 ]

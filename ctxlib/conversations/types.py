@@ -1,11 +1,12 @@
 """Messages, conversations and questions: text, never tokens."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One utterance. `kind` and `depends_on_context` (truth, where it is known) and `score` belong to answers;
     `indicated` belongs to the user message that gets the indicator."""
@@ -18,7 +19,7 @@ class Message:
     indicated: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     id: str
     messages: tuple[Message, ...]
@@ -33,9 +34,10 @@ class Corpus:
     """Conversations, and how many rows or turns were dropped for which reason (columns reason, n).
 
     `dropped_rows` lists the rows that were dropped whole, in their order (columns place, key, reason, remedy).
+    `conversations` is a tuple, or for a large file what reads it anew each time (`open_conversations`).
     """
 
-    conversations: tuple[Conversation, ...]
+    conversations: Collection[Conversation]
     dropped: pd.DataFrame
     source: str
     dropped_rows: pd.DataFrame = field(default_factory=no_rows)
@@ -56,7 +58,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that ends with the user's message, and what is needed to score its answer.
+    """A prompt that ends with the user's message, with everything needed to score its answer.
 
     `answers` are the distinct gold answers as texts; `annotations` every annotator's answer, as its spans, in the
     order of the file, as the official rules of QuAC and DROP need them. `dialogue` names the dialogue it is a turn of.

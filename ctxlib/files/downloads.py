@@ -53,8 +53,12 @@ def read_text(path: Path, remedy: str = AGAIN) -> str:
 
 
 def read_json(path: Path, remedy: str = AGAIN) -> Any:
-    """The content of a JSON file; InputError as `read_text`, and with the line if it is malformed or cut short."""
-    text = read_text(path, remedy)
+    """The content of a JSON file; InputError as `read_text`, with line and column if it is malformed or cut short."""
+    return parse_json(read_text(path, remedy), path, remedy)
+
+
+def parse_json(text: str, path: Path, remedy: str = AGAIN) -> Any:
+    """The value that a JSON text spells; InputError as `read_json`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -62,7 +66,8 @@ def read_json(path: Path, remedy: str = AGAIN) -> Any:
             raise InputError(f"{path}: empty; {remedy}") from error
         hint = "" if text.rstrip().endswith(("]", "}")) else "; the file seems cut short"
         hint = "; one row per line belongs in a .jsonl file" if error.msg == "Extra data" else hint
-        raise InputError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}){hint}; {remedy}") from error
+        why = f"{error.msg}, column {error.colno}"
+        raise InputError(f"{path}, line {error.lineno}: malformed JSON ({why}){hint}; {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: malformed JSON ({error}); {remedy}") from error
 

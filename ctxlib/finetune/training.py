@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -291,6 +292,8 @@ def train(trainer: Trainer) -> None:
             _check_weights_are_finite(trainer.model, trainer.state.global_step)
     finally:
         torch.use_deterministic_algorithms(deterministic)
+        with suppress(OSError):
+            work_dir.rmdir()  # the trainer makes it at once: without a checkpoint nothing is to be kept
     trainer.model.config.use_cache = True
 
 

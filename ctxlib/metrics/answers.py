@@ -43,8 +43,8 @@ def _f1(answer_words: list[str], gold_words: list[str]) -> float:
 def containment(answer: str, golds: Sequence[str], *, whole_words: bool = False) -> float:
     """1.0 if any normalised gold answer is a substring of the normalised answer (paper, section 4; official script).
 
-    `whole_words=True` asks for whole words, so that "3" is not found in "13". A gold answer of which normalising
-    leaves nothing is never contained.
+    `whole_words=True` asks for whole words, so that "3" is not found in "13". A gold answer that
+    normalises to nothing is never contained.
     """
     space = " " if whole_words else ""
     inside = f"{space}{normalise_answer(answer)}{space}"
@@ -77,8 +77,8 @@ def _words(text: str) -> str:
 def squad_v2_scores(answer: str, golds: Sequence[str]) -> tuple[float, float]:
     """(exact match, F1) in [0, 1] by the official SQuAD v2.0 script.
 
-    Gold answers of which normalising leaves nothing do not count. Where no other is left, the passage holds no answer,
-    and right is to say nothing.
+    Gold answers that normalise to nothing do not count. If no other is left, the passage holds no answer, and an empty
+    answer is right.
     """
     worded = [gold for gold in golds if normalise_answer(gold)]
     if worded:
@@ -133,7 +133,7 @@ def quac_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def by_dialogue(frame: pd.DataFrame, by: str | Sequence[str] = ()) -> pd.DataFrame:
-    """One row a dialogue: `by` …, dialogue, human_equivalent; its mean, by `summarise`, is HEQ-D (QuAC script).
+    """One row per dialogue: `by` …, dialogue, human_equivalent; its mean, by `summarise`, is HEQ-D (QuAC script).
 
     A dialogue is human equivalent (1) if all of its questions are that the script does not leave out, even if it leaves
     out all of them. `frame` comes from `score_answers` and holds whole dialogues.
@@ -213,8 +213,8 @@ def quac_containment(answer: str, references: Sequence[str], *, variant: Variant
     """1.0 if the answer says what an annotator of QuAC answered, else 0.0.
 
     `standard`: the answers that count by the official script (`quac_references`), as whole words. `authors_code`: those
-    of every annotator, CANNOTANSWER included, as substrings; one of which normalising leaves nothing ("the") is
-    contained in any answer. Both normalise as the SQuAD script does.
+    of every annotator, CANNOTANSWER included, as substrings; one that normalises to nothing ("the") is contained in
+    any answer. Both normalise as the SQuAD script does.
     """
     if variant == "standard":
         return containment(answer, quac_references(references), whole_words=True)

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ctxlib.conversations import Message
@@ -211,10 +212,12 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedC
     if is_adapter(path):
         path = adapter_base(path)
         check_model_files(path)
-    with _opening("configuration", path, revision):
+    with _opening("configuration (config.json)", path, revision):
         config = AutoConfig.from_pretrained(
             source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
-        ).get_text_config()
+        )
+    _check_quantisation(config, path)
+    config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     if isinstance(heads, int) and isinstance(width, int) and not getattr(config, "head_dim", None) and width % heads:
@@ -293,6 +296,20 @@ def load_model(
     return (model if adapter is None else _with_adapter(model, adapter, path)).eval()
 
 
+def _check_quantisation(config: PreTrainedConfig, path: str | Path) -> None:
+    """Raises InputError for a way that transformers does not know: it would read the weights as if unquantised."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return
+    method = own.get("quant_method") if isinstance(own, Mapping) else getattr(own, "quant_method", None)
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    if getattr(method, "value", method) not in {*known, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        raise InputError(
+            f"{path}: config.json: quantization_config: transformers knows no way of quantising called {method!r}; "
+            "take the model without quantisation"
+        )
+
+
 def _nf4(config: PreTrainedConfig, dtype: str, path: str | Path) -> BitsAndBytesConfig:
     own = getattr(config, "quantization_config", None)
     if own is not None:
@@ -348,7 +365,8 @@ def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path)
 
     resize_with_mean(model, len(load_tokenizer(adapter)))
     try:
-        with _opening("adapter", adapter):
+        with _opening("adapter", adapter), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which are checked below
             laid = PeftModel.from_pretrained(model, source(adapter))
     except InputError as error:
         raise InputError(f"{error} (adapter for {path})") from error

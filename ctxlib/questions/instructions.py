@@ -2,7 +2,7 @@
 
 A verifiable instruction ("use at least 80 words", "no commas") is one that a program can check, in the manner of
 IFEval (Zhou et al. 2023, arXiv 2311.07911), whose definitions of strict and loose accuracy are used here. The rules and
-the prompts are our own, so the numbers stand beside each other and not beside IFEval's.
+the prompts are our own, so the numbers can be compared with each other, but not with IFEval's.
 """
 
 import json
@@ -69,7 +69,7 @@ def count_sentences(text: str) -> int:
 
 
 def count_word(text: str, word: str) -> int:
-    """How often `word` stands in `text` as a whole word, whatever the case."""
+    """How often `word` occurs in `text` as a whole word, in any case."""
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
 
 
@@ -84,7 +84,7 @@ def count_paragraphs(text: str) -> int:
 
 
 def is_json_object(text: str) -> bool:
-    """True for one JSON object and nothing else; a code fence may stand around it."""
+    """True for one JSON object and nothing else; it may be inside a code fence."""
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text.strip(), re.DOTALL | re.IGNORECASE)
     try:
         return isinstance(json.loads(fenced[1] if fenced else text), dict)
@@ -251,10 +251,10 @@ def _variants(answer: str) -> list[str]:
 
 
 def check_answers(frame: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
-    """Which answers (`frame`: id, answer, …) follow which rules: id, rule, strict, loose; a row a question and rule.
+    """Which answers (`frame`: id, answer, …) follow which rules: one row per question and rule.
 
-    `metrics.summarise(…, "rule", "strict")` gives the accuracy of each rule. Raises InputError for an id without a
-    question.
+    Columns: id, rule, strict, loose. `metrics.summarise(…, "rule", "strict")` gives the accuracy of each rule.
+    Raises InputError for an id without a question.
     """
     known = {question.id: question for question in questions}
     if unknown := sorted(set(frame["id"]) - set(known)):
@@ -270,7 +270,7 @@ def check_answers(frame: pd.DataFrame, questions: Sequence[Question]) -> pd.Data
 def score_rules(frame: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
     """`frame` (id, answer, …; one row an id) with RULE_METRICS, in [0, 1]; NaN where a question has no rules.
 
-    `prompt_…` is 1 where all rules of the question are followed, `instruction_…` the share of them.
+    `prompt_…` is 1 where all rules of the question are followed, `instruction_…` the share followed.
     """
     by_id = check_answers(frame, questions).groupby("id")[["strict", "loose"]]
     columns = by_id.min().astype(float).add_prefix("prompt_"), by_id.mean().add_prefix("instruction_")

@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,11 @@ PAPER_NEEDLE = {
 }
 AUTHORS_PREFIX_WORDS = 8
 AUTHORS_BUFFER = 200  # tokens of every length that the authors' code keeps free
+LONGEST_SENTENCE = 500  # tokens; longer stretches have no sentence ends (a transcript, a table) and are cut into pieces
+PIECE = 50  # tokens of such a piece
+# A full stop of Latin scripts needs a space behind it; those of other scripts end a sentence by themselves, closing
+# quotes included.
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？｡।۔؟።])(?![”’」』）】])\s*|(?<=[。！？][”’」』）】])\s*")
 
 
 def paper_grid(longest: int) -> dict[str, list[int]]:
@@ -71,14 +77,19 @@ def read_haystack(folder: Path, variant: Variant = "standard") -> list[str]:
     the sentences give again: double spaces and those of empty lines are kept, and the last character of every line is
     taken for its newline, so that a file without a final newline loses its last character.
 
-    Raises InputError where there is no text, and for a file that is not readable or something else than text.
+    Other files are not read, with a warning that names them. Raises InputError if there is no text, and for a file that
+    is not readable or something else than text.
     """
-    texts = [read_text(file) for file in sorted(folder.glob("*.txt"))]
+    inside = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    files = [path for path in inside if path.suffix.lower() == ".txt"]
+    if files and (unread := [path.name for path in inside if path not in files]):
+        warnings.warn(f"{folder}: not read, as they are no .txt files: {', '.join(unread)}", stacklevel=2)
+    texts = [read_text(file) for file in files]
     if variant == "authors_code":
         lines = (line for text in texts for line in io.StringIO(text, newline=None))
         sentences = re.split(r"(?<=[.!?]) ", "".join(f"{line[:-1]} " for line in lines))
     else:
-        sentences = re.split(r"(?<=[.!?])\s+", " ".join(" ".join(text.split()) for text in texts))
+        sentences = _SENTENCE_END.split(" ".join(" ".join(text.split()) for text in texts))
     sentences = [sentence for sentence in sentences if sentence]
     if not sentences:
         raise InputError(f"needle.haystack: {folder} holds no .txt file with text; put the haystack's texts there")
@@ -105,18 +116,20 @@ def text_needles(
     All depths of one length and repetition share the stretch. With several needles the depth is that of the first
     (`needle_depths` has the others), and `keywords` are those of all. `prompt` is a number of `PROMPTS`.
 
-    - `standard`: the haystack is the longest run of whole sentences that fits beside the needles, so that a context is
-      never longer than `context_length_tokens`, tokens of the tokenizer, and at most one sentence shorter.
+    - `standard`: the haystack is the longest run of whole sentences that fits in addition to the needles, so that a
+      context is never longer than `context_length_tokens`, tokens of the tokenizer, and at most one sentence shorter.
+      Stretches of more than LONGEST_SENTENCE tokens without a sentence end are cut into pieces, and a sentence without
+      which more than half of the length would stay empty is cut at a token.
     - `authors_code`: the haystack is cut at a token; the needle's tokens go behind the last full stop before their
       depth; of each length `AUTHORS_BUFFER` tokens are kept free, with a slice that ends before its beginning at short
-      lengths, so that of 200 tokens 200 are left, and of 242 only 42. `context_length_tokens` is what is left; the
-      length asked for stands in the id. The first repetition is theirs, the haystack's beginning. Prompts 3 and 4 say
+      lengths, so that of 200 tokens 200 are left, and of 242 only 42. `context_length_tokens` is the remainder; the
+      requested length is part of the id. The first repetition is theirs, the haystack's beginning. Prompts 3 and 4 say
       "accoriding", and where no `response_prefix` is given it is the needle's first eight words.
 
     Reference: Wang et al. 2024, sections 2.1 and A.3, table 8; official LLMNeedleHaystackTester.py.
 
-    Raises InputError if the texts are shorter than the longest length, a length is shorter than the needles, and for a
-    prompt or variant that does not exist.
+    Raises InputError if the texts are shorter than the longest length, a length is shorter than the needles, for a
+    context less than half as long as asked for, and for a prompt or variant that does not exist.
     """
     needles = [needle] if isinstance(needle, str) else list(needle)
     if prompt not in PROMPTS or variant not in ("standard", "authors_code"):
@@ -126,6 +139,11 @@ def text_needles(
     if not needles or not all(text.strip() for text in needles):
         raise InputError("needle.needle: empty; give the sentence that holds the answer, or a list of such sentences")
     costs = _costs(tokenizer, sentences)
+    if variant == "standard" and max(costs) > LONGEST_SENTENCE:
+        sentences = [
+            piece for text, cost in zip(sentences, costs, strict=True) for piece in _cut(tokenizer, text, cost)
+        ]
+        costs = _costs(tokenizer, sentences)
     needle_cost = sum(_costs(tokenizer, [text.strip() for text in needles]))
     if sum(costs) + (needle_cost if variant == "standard" else 0) < max(lengths):
         raise InputError(
@@ -180,7 +198,7 @@ def needle_groups(rendered: RoleMap, question: Question, needles: Sequence[str] 
         if text.count(needle) != 1:
             raise InputError(
                 f"question {question.id!r}: {needle!r} is there {text.count(needle)} times instead of once; "
-                "give the needle as it stands in the haystack"
+                "give the needle as it occurs in the haystack"
             )
         start = text.index(needle)
         inside |= (rendered.chars[:, 1] > start) & (rendered.chars[:, 0] < start + len(needle))
@@ -240,8 +258,40 @@ def _standard_contexts(
 ) -> list[tuple[str, int]]:
     """For each of the needles' depths the context of whole sentences, and its length."""
     needles = [needle.strip() for needle in needles]
-    hay = _stretch(sentences, costs, length - sum(_costs(tokenizer, needles)), start)
+    budget = length - sum(_costs(tokenizer, needles))
+    hay = _stretch(sentences, costs, budget, start)
+    left = budget - sum(_costs(tokenizer, hay)) if hay else budget
+    if left > length / 2:
+        hay = [*hay, *_pieces(tokenizer, sentences[(start + len(hay)) % len(sentences)], left - 1)[:1]]
+        left = budget - sum(_costs(tokenizer, hay))
+    if left > length / 2 or left < 0:
+        raise InputError(
+            f"needle.haystack: no context of about {length} tokens can be made of its texts, they cannot be cut there; "
+            "give texts with sentence ends, or another length"
+        )
     return [(place_needles(hay, needles, depths), length) for depths in spread]
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, sentence: str, cost: int) -> list[str]:
+    """The sentence, in pieces if it is too long for one."""
+    return [sentence] if cost <= LONGEST_SENTENCE else _pieces(tokenizer, sentence, PIECE)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[str]:
+    """The text cut at every so many tokens, at the last space there if there is one."""
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    pieces, start, at = [], 0, 0
+    while at < len(spans):
+        stop = spans[min(at + max(tokens, 1), len(spans)) - 1][1]
+        space = text.rfind(" ", start, stop)
+        if stop < len(text) and space > start:
+            stop = space
+        stop = max(stop, start + 1)
+        pieces.append(text[start:stop].strip())
+        start = stop
+        while at < len(spans) and spans[at][1] <= stop:
+            at += 1
+    return [piece for piece in pieces if piece]
 
 
 def _authors_contexts(
@@ -275,7 +325,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _costs(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> list[int]:
-    """Tokens of each sentence where it stands in the text, with the space before it."""
+    """Tokens of each sentence in its place in the text, with the space before it."""
     ends = np.cumsum([len(sentence) + 1 for sentence in sentences])
     text = "".join(f" {sentence}" for sentence in sentences)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,4 +1,4 @@
-"""Reading comprehension: SQuAD 1.1 and 2.0, QuAC and DROP, from their official JSON files or from the hub."""
+"""Reading comprehension: SQuAD 1.1 and 2.0, QuAC, DROP and NQ-Swap, from official files, rows of them, or the hub."""
 
 import random
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ctxlib.conversations import Message, Question, hub_rows
+from ctxlib.conversations import BadRow, Message, Question, file_rows, hub_rows
 from ctxlib.files import read_json
 from ctxlib.metrics import CANNOTANSWER, quac_references
 from ctxlib.params import InputError, Variant, expanded, locate, nowhere
@@ -17,19 +17,22 @@ PIECES_PROMPT = "{context}\nAnswer the question with pieces from the above passa
 AUTHORS_PIECES_PROMPT = "{context} \nAnswer the question with pieces from the the above passage: {question}"
 PLAIN_PROMPT = "{context} {question}"
 _REMEDY = "give qa.sources an official JSON file of SQuAD, QuAC or DROP"
+_ROWS = "context, question, answers (SQuAD); passage, question, answer (DROP); turn_ids (QuAC); sub_context (NQ-Swap)"
+_TABLES = (".jsonl", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 
 
 @dataclass(frozen=True)
 class _Asked:
     """One question of any of the datasets; `earlier` are the questions and answers before it in its dialogue."""
 
-    dataset: Literal["squad", "squad_v2", "quac", "drop"]
+    dataset: Literal["squad", "squad_v2", "quac", "drop", "nq_swap"]
     id: str
     context: str
     question: str
     annotations: tuple[tuple[str, ...], ...]
     dialogue: str | None = None
     earlier: tuple[tuple[str, str], ...] = ()
+    memory_answer: str | None = None
 
 
 def load_questions(
@@ -43,10 +46,12 @@ def load_questions(
 ) -> list[Question]:
     """Questions about passages, ready to be answered and scored: all of them, or `n` drawn by the seed.
 
-    `source` is an official JSON file (SQuAD v1.1, v2.0, QuAC, DROP; recognised by its content) or a hub id, of which
-    the `split` is read: squad, rajpurkar/squad_v2, allenai/quac, EleutherAI/drop and others with their columns. The
-    family is `qa`, the kind `squad`, `squad_v2`, `quac` or `drop`, with `_no_answer` added if the passage holds no
-    answer (of QuAC: if most annotators found none).
+    `source` is an official JSON file (SQuAD v1.1, v2.0, QuAC, DROP; recognised by its content), a file of rows (.json,
+    .jsonl or .parquet) with the hub's columns, or a hub id, of which the `split` is read: squad, rajpurkar/squad_v2,
+    allenai/quac, EleutherAI/drop and others with their columns, also NQ-Swap's (of its passages the one with the
+    swapped entity, whose original is the memory answer). The family is `qa`, the kind `squad`, `squad_v2`, `quac`,
+    `drop` or `nq_swap`, with `_no_answer` added if the passage holds no answer (of QuAC: if most annotators found
+    none). A QuAC file is recognised by any of its own keys; a question without `orig_answer` takes the first answer.
 
     `prompt` is `instruction`, as for the paper's ShareGPT and WizardLM models, or `plain`, context and question only,
     as for its UltraChat models (paper, Tables 5 and 6). The `variant` matters only for QuAC, whose passage follows
@@ -55,8 +60,9 @@ def load_questions(
     the earlier ones with their answers as turns, and CANNOTANSWER kept as the piece to answer with if there is no
     answer; dialogues stay whole: as many are drawn as fit into `n` questions.
 
-    Raises InputError, naming file or row and key, for a source in another format, an id given twice, a hub dataset
-    with too little information to score, and an `n` too small for one dialogue.
+    Raises InputError, naming file, row or question and key, for a source in another format, answers of the wrong type,
+    invalid Unicode, an id given twice, a hub dataset with too little information to score, and an `n` too small for one
+    dialogue.
     """
     place = locate(source)
     if place == "nowhere":
@@ -68,12 +74,26 @@ def load_questions(
     asked = [one for unit in units for one in unit]
     if not asked:
         raise InputError(f"{source}: holds no question; {_REMEDY}")
+    for one in asked:
+        _check_unicode(one, source)
     times = Counter(one.id for one in asked)
     if repeated := [key for key, count in times.items() if count > 1]:
         raise InputError(f"{source}: the id '{repeated[0]}' names more than one question; give each its own")
     impossible = any(one.dataset == "squad_v2" for one in asked)
     chosen = asked if n is None or n >= len(asked) else _drawn(source, units, n, seed)
     return [_question(one, "squad_v2" if impossible else one.dataset, prompt, variant) for one in chosen]
+
+
+def _check_unicode(asked: _Asked, source: str | Path) -> None:
+    texts = {"id": asked.id, "context": asked.context, "question": asked.question}
+    texts["answers"] = "".join(text for spans in asked.annotations for text in spans)
+    for key, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{source}, question {asked.id!r}, {key}: invalid Unicode (a lone surrogate); repair it"
+            ) from None
 
 
 def _drawn(source: str | Path, units: Sequence[Sequence[_Asked]], n: int, seed: int) -> list[_Asked]:
@@ -110,12 +130,18 @@ def _question(asked: _Asked, dataset: str, prompt: str, variant: str) -> Questio
         answers=tuple(dict.fromkeys(answers)),
         annotations=annotations,
         dialogue=asked.dialogue,
+        memory_answer=asked.memory_answer,
     )
 
 
 def _file_units(path: Path, variant: str) -> Iterator[list[_Asked]]:
+    if path.name.lower().endswith(_TABLES):
+        yield from _table_units(path, file_rows(path), variant)
+        return
     content = read_json(path, _REMEDY)
-    if isinstance(content, dict) and "data" in content:
+    if isinstance(content, list):
+        yield from _table_units(path, file_rows(path), variant)
+    elif isinstance(content, dict) and "data" in content:
         for a, article in enumerate(_get(content, "data", list, f"{path}, ")):
             where = f"{path}, data[{a}]."
             for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):
@@ -127,14 +153,25 @@ def _file_units(path: Path, variant: str) -> Iterator[list[_Asked]]:
                 context = _get(passage, "passage", str, where)
                 yield [_drop(qa, context, f"{where}qa_pairs[{q}].")]
     else:
-        raise InputError(f"{path}: in none of the formats (no key 'data', no passages with 'qa_pairs'); {_REMEDY}")
+        raise InputError(
+            f"{path}: in none of the formats (no key 'data', no passages with 'qa_pairs', no list of rows); {_REMEDY}"
+        )
+
+
+def _table_units(path: Path, rows: Iterator[tuple[str, Any]], variant: str) -> Iterator[list[_Asked]]:
+    for number, (place, row) in enumerate(rows, start=1):
+        if isinstance(row, BadRow):
+            raise InputError(f"{path}, {row.at(place)}: {row.remedy}")
+        yield _row_unit(row, f"{path}, {place}, ", number, variant)
 
 
 def _paragraph_units(article: dict, paragraph: Any, where: str, variant: str) -> Iterator[list[_Asked]]:
     """A QuAC dialogue, or SQuAD's questions one by one."""
     context = _get(paragraph, "context", str, where)
     qas = [(qa, f"{where}qas[{q}].") for q, qa in enumerate(_get(paragraph, "qas", list, where))]
-    if not any(isinstance(qa, dict) and "orig_answer" in qa for qa, _ in qas):
+    of_quac = {"orig_answer", "yesno", "followup"}
+    is_quac = any(isinstance(qa, dict) and of_quac & qa.keys() for qa, _ in qas) or context.endswith(CANNOTANSWER)
+    if not is_quac and "background" not in article:
         yield from ([_squad(qa, context, place)] for qa, place in qas)
         return
     turns = [
@@ -142,7 +179,7 @@ def _paragraph_units(article: dict, paragraph: Any, where: str, variant: str) ->
             _get(qa, "id", str, place),
             _get(qa, "question", str, place),
             [_get(answer, "text", str, f"{place}answers.") for answer in _get(qa, "answers", list, place)],
-            _get(_get(qa, "orig_answer", dict, place), "text", str, f"{place}orig_answer."),
+            _original(qa, place),
         )
         for qa, place in qas
     ]
@@ -150,30 +187,66 @@ def _paragraph_units(article: dict, paragraph: Any, where: str, variant: str) ->
     yield _dialogue(_get(paragraph, "id", str, where), *heads, context, turns, variant, where)
 
 
+def _original(qa: dict, place: str) -> str:
+    """The answer that a dialogue of QuAC went on with: `orig_answer`, or the first where it was left out."""
+    if "orig_answer" in qa:
+        return _get(_get(qa, "orig_answer", dict, place), "text", str, f"{place}orig_answer.")
+    answers = _get(qa, "answers", list, place)
+    if not answers:
+        raise InputError(f"{place}answers: none; {_REMEDY}")
+    return _get(answers[0], "text", str, f"{place}answers.")
+
+
 def _hub_units(name: str, split: str, variant: str) -> Iterator[list[_Asked]]:
-    for place, row in hub_rows(name, split, f"or {_REMEDY}"):
-        where = f"{name}, {place}, "
-        if "answers_spans" in row:
-            raise InputError(
-                f"{where}answers_spans: merges the spans of all annotators, so that DROP's scores cannot be computed; "
-                "use EleutherAI/drop, or the official JSON file"
-            )
-        if "passage" in row:
-            yield [_drop(row, _get(row, "passage", str, where), where)]
-        elif "turn_ids" in row:
-            ids, questions = (_get(row, key, list, where) for key in ("turn_ids", "questions"))
-            answers, originals = (
-                [_get(item, "texts", kind, f"{where}{key}.") for item in _items(row, key, "texts", where)]
-                for key, kind in (("answers", list), ("orig_answers", str))
-            )
-            if len({len(column) for column in (ids, questions, answers, originals)}) > 1:
-                raise InputError(f"{where}turn_ids: not as many as questions, answers and orig_answers; {_REMEDY}")
-            turns = list(zip(ids, questions, answers, originals, strict=True))
-            heads = [row.get(key) or "" for key in ("wikipedia_page_title", "background")]
-            context = _get(row, "context", str, where)
-            yield _dialogue(_get(row, "dialogue_id", str, where), *heads, context, turns, variant, where)
-        else:
-            yield [_squad(row, _get(row, "context", str, where), where)]
+    for number, (place, row) in enumerate(hub_rows(name, split, f"or {_REMEDY}"), start=1):
+        yield _row_unit(row, f"{name}, {place}, ", number, variant)
+
+
+def _row_unit(row: Any, where: str, number: int, variant: str) -> list[_Asked]:
+    """The question or the dialogue of a row with the hub's columns."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}row: expected an object with columns, got {type(row).__name__}; {_REMEDY}")
+    if "answers_spans" in row:
+        raise InputError(
+            f"{where}answers_spans: merges the spans of all annotators, so that DROP's scores cannot be computed; "
+            "use EleutherAI/drop, or the official JSON file"
+        )
+    if "passage" in row:
+        return [_drop(row, _get(row, "passage", str, where), where)]
+    if "turn_ids" in row:
+        ids, questions = (_get(row, key, list, where) for key in ("turn_ids", "questions"))
+        answers, originals = (
+            [_get(item, "texts", kind, f"{where}{key}.") for item in _items(row, key, "texts", where)]
+            for key, kind in (("answers", list), ("orig_answers", str))
+        )
+        if len({len(column) for column in (ids, questions, answers, originals)}) > 1:
+            raise InputError(f"{where}turn_ids: not as many as questions, answers and orig_answers; {_REMEDY}")
+        turns = list(zip(ids, questions, answers, originals, strict=True))
+        heads = [row.get(key) or "" for key in ("wikipedia_page_title", "background")]
+        context = _get(row, "context", str, where)
+        return _dialogue(_get(row, "dialogue_id", str, where), *heads, context, turns, variant, where)
+    if "sub_context" in row:
+        return [_swapped(row, where, number)]
+    if not {"context", "answers"} & row.keys():
+        found = ", ".join(map(repr, row)) or "no columns"
+        raise InputError(f"{where}found {found}; expected the columns {_ROWS}")
+    return [_squad(row, _get(row, "context", str, where), where)]
+
+
+def _swapped(row: dict, where: str, number: int) -> _Asked:
+    """A question of NQ-Swap (Longpre et al. 2021): the passage says another entity than the original one."""
+    swapped, original = (_texts(row, key, where) for key in ("sub_answer", "org_answer"))
+    context, question = (_get(row, key, str, where) for key in ("sub_context", "question"))
+    name = row.get("id") or row.get("uid") or f"nq-swap-{number}"
+    spans = tuple((text,) for text in swapped)
+    return _Asked("nq_swap", str(name), context, question, spans, memory_answer=original[0])
+
+
+def _texts(row: dict, key: str, where: str) -> list[str]:
+    texts = _get(row, key, list, where)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}{key}: expected a list of texts, got {texts!r:.40}; {_REMEDY}")
+    return texts
 
 
 def _squad(qa: Any, context: str, where: str) -> _Asked:
@@ -222,11 +295,15 @@ def _drop_spans(answer: Any, where: str) -> tuple[str, ...]:
     """An annotator's number, else spans, else date as "day month year": the official script's order."""
     if not isinstance(answer, dict) or not {"number", "spans", "date"} & answer.keys():
         raise InputError(f"{where}answer: expected number, spans or date; {_REMEDY}")
-    if answer.get("number") not in (None, ""):
-        return (str(answer["number"]),)
-    if spans := answer.get("spans"):
-        return tuple(str(span) for span in spans)
+    if (number := answer.get("number")) not in (None, ""):
+        if isinstance(number, bool) or not isinstance(number, str | int | float):
+            raise InputError(f"{where}answer.number: expected a number, got {number!r:.40}; {_REMEDY}")
+        return (str(number),)
+    if answer.get("spans"):
+        return tuple(_texts(answer, "spans", f"{where}answer."))
     date = answer.get("date") or {}
+    if not isinstance(date, dict):
+        raise InputError(f"{where}answer.date: expected day, month and year, got {date!r:.40}; {_REMEDY}")
     return (" ".join(str(date.get(part) or "") for part in ("day", "month", "year")).strip(),)
 
 

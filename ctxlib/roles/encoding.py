@@ -138,7 +138,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, spelled: str, written: s
 
 
 def _any_of(tokens) -> re.Pattern:
-    """Matches any of them, the longest first; nothing where there are none."""
+    """Matches any of them, the longest first; nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 

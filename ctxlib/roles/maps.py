@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ctxlib.conversations import Message
 from ctxlib.params import InputError
 from ctxlib.roles.encoding import encode
-from ctxlib.roles.rendering import Contents, Rendering, render, spelled_by_template, tokenizer_name
+from ctxlib.roles.rendering import Contents, Rendering, left_out, render, spelled_by_template, tokenizer_name
 
 ROLES = ("bos", "system", "user", "assistant", "template")
 QUESTION_GROUPS = ("bos", "system", "question", "passage", "assistant", "template")
@@ -133,7 +133,7 @@ def role_map(
         rendering = render(tokenizer, contents, generation_prompt and not response_prefix)
         last = np.flatnonzero(rendering.origin >= contents.starts[-2])
         if contents.messages[-1].content.strip() and not len(last):
-            raise InputError(f"the chat template of {name} leaves out the last message; use another one")
+            raise InputError(left_out(tokenizer))
         if response_prefix:
             rendering = rendering.until(int(last[-1]) + 1)
     else:

@@ -94,8 +94,8 @@ def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_pr
         _contents.reset(token)
     if as_written != text:
         raise InputError(
-            f"the chat template of {name} rewrites contents (changes case, escapes, …): the roles of their characters "
-            "are lost; use a template that writes contents as they are"
+            f"the chat template of {name} rewrites contents (changes case, escapes, draws at random, …): the roles of "
+            "their characters are lost; use a template that writes contents as they are"
         )
     return Rendering(text, np.where(codes >= _BASE, codes - _BASE, -1))
 
@@ -107,9 +107,25 @@ def _why_not(name: str, messages: Sequence[Message], chat_template: str, error: 
     said = " ".join(str(error).split()) or "no reason given"
     needs = [word for word in ("tools", "documents") if re.search(rf"\b{word}\b", chat_template)]
     remedy = "change the messages or the template"
-    if needs and isinstance(error, (TypeError, jinja2.UndefinedError)):
+    if _wants_parts(chat_template):
+        remedy = _OF_PARTS
+    elif needs and isinstance(error, (TypeError, jinja2.UndefinedError)):
         remedy = f"it asks for {' and '.join(needs)}, of which chats here have none: use a template that does without"
     return f"the chat template of {name} cannot express messages of {roles}: {type(error).__name__}: {said}; {remedy}"
+
+
+_OF_PARTS = "it asks for contents as parts (type, text), which are texts here: use a template that takes texts"
+
+
+def _wants_parts(chat_template: str) -> bool:
+    """Whether a template looks for the type of parts of a content and has no branch for a text."""
+    return bool(re.search(r"(\[['\"]type['\"]\]|\.type\b)", chat_template)) and "is string" not in chat_template
+
+
+def left_out(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to say of a template that leaves out the last message."""
+    remedy = _OF_PARTS if _wants_parts(template_source(tokenizer)) else "use another one"
+    return f"the chat template of {tokenizer_name(tokenizer)} leaves out the last message; {remedy}"
 
 
 def spelled_by_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -131,7 +147,7 @@ def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What an error calls the tokenizer: its folder, or its class."""
+    """The tokenizer's name in error messages: its folder, or its class."""
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 
@@ -148,7 +164,7 @@ def _spelled(chat_template: str, special_tokens: tuple[tuple[str, str], ...]) ->
 
 
 def _variables(special_tokens: dict[str, str], generation_prompt: bool) -> dict[str, Any]:
-    """What a template is given besides the messages; a clock that stands still, so that two renderings agree."""
+    """What a template is given besides the messages; a stopped clock, so that two renderings agree."""
     clock = datetime.datetime.now().strftime
     fixed = {"tools": None, "documents": None, "strftime_now": clock, "add_generation_prompt": generation_prompt}
     return {**fixed, **special_tokens}
@@ -182,7 +198,7 @@ def _plain(value):
 
 
 def _lift(value):
-    """A string in which traced characters have come to lie, as a traced one."""
+    """A string that holds traced characters, as a traced one."""
     if isinstance(value, str) and not isinstance(value, _Traced) and _PRIVATE.search(value):
         return _Traced(value)
     return value

@@ -19,6 +19,8 @@ from ctxlib.commands.doctor.layer import check_layer, listed
 from ctxlib.commands.doctor.model import check_indicator, check_model, check_tokenizer
 from ctxlib.commands.doctor.talk import renders
 from ctxlib.commands.doctor.template import TEMPLATE_CHECKS, check_no_template
+from ctxlib.commands.doctor.templates import VERDICTS as TEMPLATE_VERDICTS
+from ctxlib.commands.doctor.templates import examine_template, examine_templates
 from ctxlib.conversations import Corpus, load_conversations
 from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.town import Town
@@ -26,7 +28,16 @@ from ctxlib.models import load_model, load_tokenizer
 from ctxlib.paper import paper_layer
 from ctxlib.params import InputError
 
-__all__ = ["CONVERSATIONS", "Check", "examine", "open_patient", "print_examination"]
+__all__ = [
+    "CONVERSATIONS",
+    "Check",
+    "examine",
+    "examine_template",
+    "examine_templates",
+    "open_patient",
+    "print_examination",
+    "print_templates",
+]
 
 # 12 passages, each with a question about it and one that is not
 CONVERSATIONS = Path(__file__).with_name("conversations.json")
@@ -107,6 +118,22 @@ def examine(
     rows += run("indicator", check_indicator, model, tokenizer, indicator)
     frame = pd.DataFrame(rows, columns=list(Check._fields))
     return frame.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable", ignore_index=True)
+
+
+def print_templates(folder: str | Path, *, as_json: bool = False) -> int:
+    """Prints a verdict per .jinja file of a folder, and the counts; returns 1 if one is wrong, else 0.
+
+    They are rendered for the miniature's tokenizer. Raises InputError as `examine_templates` does.
+    """
+    frame = examine_templates(folder, load_tokenizer(model_source("miniature:instruct")))
+    if as_json:
+        print(frame.to_json(orient="records", indent=2, force_ascii=False))
+    else:
+        for name, verdict, finding in frame.itertuples(index=False):
+            print(f"{verdict:9}  {name}: {finding}")
+        counts = frame["verdict"].value_counts()
+        print(", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in reversed(TEMPLATE_VERDICTS)))
+    return int((frame["verdict"] == "wrong").any())
 
 
 def _attending_layers(model: Any, tokenizer: Any, depth: int) -> list[int]:

@@ -1,12 +1,15 @@
 """Checks of the model's shape, its tokenizer, and room for the indicator."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ctxlib.commands.doctor.check import Check
 from ctxlib.conversations import Corpus
 from ctxlib.params import InputError
+from ctxlib.scoring import rope_borders
 
 UNKNOWN = 0.01  # fraction of unknown tokens above which the text is not in the tokenizer's language
 
@@ -29,6 +32,12 @@ def check_model(model: Any) -> list[Check]:
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
         finding += f"; {sum('sliding' in kind for kind in kinds)} layers see {window} tokens back"
         remedies.append(f"keep prompts under {window} tokens: such layers see no further, and decoding is not recorded")
+    if borders := [border for border in rope_borders(config) if not positions or border < positions]:
+        finding += f"; other rotary frequencies beyond {', '.join(map(str, borders))} tokens"
+        remedies.append(
+            "scores do not depend on it, as batches stay on one side; in batches of your own keep prompts of up to "
+            f"{borders[0]} tokens and longer ones apart"
+        )
     return [Check("model", "note" if remedies else "ok", finding, "; ".join(remedies))]
 
 
@@ -42,6 +51,9 @@ def check_tokenizer(model: Any, tokenizer: Any, corpus: Corpus) -> list[Check]:
         fails.append("take the model's own tokenizer: ids without an embedding end in an index error")
     if tokenizer.eos_token_id is None:
         notes.append("give the tokenizer an eos token: nothing ends an answer")
+    if _differs_from_its_file(tokenizer, corpus):
+        finding += "; gives other ids than its tokenizer.json"
+        fails.append("load it with ctxlib.models.load_tokenizer, which keeps the file's pipeline, or save it anew")
     if not tokenizer.is_fast:
         notes.append("save it as tokenizer.json: a slow tokenizer that normalises text is refused")
     if tokenizer.unk_token_id is not None:
@@ -53,6 +65,22 @@ def check_tokenizer(model: Any, tokenizer: Any, corpus: Corpus) -> list[Check]:
             notes.append("examine it with conversations in its own language: the layer's numbers mean little")
     verdict = "fail" if fails else "note" if notes else "ok"
     return [Check("tokenizer", verdict, finding, "; ".join(fails + notes))]
+
+
+def _differs_from_its_file(tokenizer: Any, corpus: Corpus) -> bool:
+    """Whether a chat has other ids by the pipeline of the folder's tokenizer.json, with which the model was trained."""
+    file = Path(tokenizer.name_or_path) / "tokenizer.json"
+    if not tokenizer.is_fast or not file.is_file():
+        return False
+    as_saved = Tokenizer.from_file(str(file))
+    as_saved.no_padding()
+    as_saved.no_truncation()
+    eos = tokenizer.eos_token or ""
+    chats = ["".join(f"{m.content}{eos}\n" for m in c.messages) for c in corpus.conversations]
+    return any(
+        as_saved.encode(chat, add_special_tokens=False).ids != tokenizer(chat, add_special_tokens=False).input_ids
+        for chat in chats
+    )
 
 
 def check_indicator(model: Any, tokenizer: Any, indicator: str) -> list[Check]:

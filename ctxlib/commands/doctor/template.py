@@ -51,7 +51,7 @@ def _system_text(tokenizer: Any) -> list[Check]:
     if TALK[0].content not in rendered(tokenizer, TALK):
         return [Check("template: system text", "note", f"is left out{added}", remedy)]
     folded = user_marker.strip() and not gaps(tokenizer, TALK)[1].endswith(user_marker)
-    finding = "is folded into the first user's turn, and keeps its role" if folded else "stands outside the user's turn"
+    finding = "is folded into the first user's turn, and keeps its role" if folded else "is outside the user's turn"
     return [Check("template: system text", "ok", finding + added)]
 
 
@@ -80,7 +80,7 @@ def _bos(tokenizer: Any) -> list[Check]:
     ours, theirs = role_map(tokenizer, talk).ids.tolist(), _ids(tokenizer, talk)
     again = tokenizer(rendered(tokenizer, talk)).input_ids
     if ours[:2] == [bos, bos]:
-        return [Check(name, "fail", "stands twice at the start", "take one of the two out of the template")]
+        return [Check(name, "fail", "is written twice at the start", "take one of the two out of the template")]
     if theirs[:1] == [bos]:
         doubled = "; tokenising the rendered text would put a second one in front" if again[:2] == [bos, bos] else ""
         return [Check(name, "ok", f"written once, by the template{doubled}")]
