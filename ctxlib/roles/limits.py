@@ -78,20 +78,21 @@ def _joined(pieces: Iterable[str]) -> str:
 
 
 class _Watchdog:
-    """Raises TemplateLimit in a thread that is still in its `time_limit` block after the deadline.
+    """Raises TemplateLimit in a thread that has used up the processor time of its `time_limit` block.
 
     A thread that only waits while nothing is rendered. Signals would do for the main thread alone.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
-        self.deadlines: dict[int, float] = {}
+        self.deadlines: dict[int, tuple[Callable[[], float], float]] = {}  # a clock, and when it is over by that clock
         self.fired: set[int] = set()
         self.running = False
 
     def enter(self, thread: int, seconds: float) -> None:
         with self.lock:
-            self.deadlines[thread] = time.monotonic() + seconds
+            clock = _clock(thread)
+            self.deadlines[thread] = clock, clock() + seconds
             if not self.running:
                 self.running = True
                 threading.Thread(target=self._watch, daemon=True, name="template watchdog").start()
@@ -106,9 +107,8 @@ class _Watchdog:
     def _watch(self) -> None:
         while True:
             with self.lock:
-                now = time.monotonic()
-                for thread, deadline in self.deadlines.items():
-                    if now > deadline and thread not in self.fired:
+                for thread, (clock, deadline) in self.deadlines.items():
+                    if clock() > deadline and thread not in self.fired:
                         self.fired.add(thread)
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(
                             ctypes.c_ulong(thread), ctypes.py_object(TemplateLimit)
@@ -116,12 +116,19 @@ class _Watchdog:
                 self.lock.wait(0.25)
 
 
+def _clock(thread: int) -> Callable[[], float]:
+    """The processor time of a thread, so that a busy machine refuses no template; elapsed time if there is no such."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    return functools.partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
+
+
 _watchdog = _Watchdog()
 
 
 @contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises TemplateLimit in the block when it takes longer; not to be nested in one thread."""
+    """Raises TemplateLimit in the block when it takes more processor time; not to be nested in one thread."""
     thread = threading.get_ident()
     _watchdog.enter(thread, seconds)
     try:
