@@ -9,34 +9,35 @@ as its patterns fit into memory. The curve over length is drawn to outputs/bench
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from side_by_side import DTYPES, arguments, device_name, in_turns, model_mib, random_llama, report
 
 from ctxlib.attention import record_allocation
 from ctxlib.roles import ROLES
 
-LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONGEST_EAGER = 2048
 FOLDER = Path(__file__).parents[1] / "outputs" / "benchmarks"
 
 
 @torch.inference_mode()
 def main() -> None:
-    options = arguments(__doc__, dtype=DTYPES, repeats=5).parse_args()
+    parser = arguments(__doc__, dtype=DTYPES, repeats=5)
+    parser.add_argument("--lengths", type=int, nargs="+", default=(512, 1024, 2048, 4096, 8192))
+    parser.add_argument("--no-figure", action="store_true", help="needs neither matplotlib nor seaborn")
+    options = parser.parse_args()
 
     rows = []
     for dtype in options.dtype:
         model = random_llama(options.shape, dtype, options.device)
-        for length in LENGTHS:
+        for length in options.lengths:
             rows.append({"dtype": dtype, "length": length} | measured(model, length, options))
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     device = device_name(options.device)
     subtitle = f"{options.shape} Llama, {device}, medians of {options.repeats}"
-    draw(table, subtitle, FOLDER / f"recording_{options.shape}_{options.device}.png")
+    if not options.no_figure:
+        draw(table, subtitle, FOLDER / f"recording_{options.shape}_{options.device}.png")
     worst = table[["time_ratio", "memory_ratio"]].max()
     with_eager = table.dropna().sort_values("length").iloc[-1]
     report(
@@ -84,6 +85,9 @@ def measured(model, length: int, options) -> dict[str, float]:
 
 
 def draw(table: pd.DataFrame, subtitle: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
     sns.set_theme(style="ticks", context="paper")
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for panel, what, goal in zip(panels, ("time", "memory"), (1.25, 1.15), strict=True):
@@ -95,8 +99,8 @@ def draw(table: pd.DataFrame, subtitle: str, path: Path) -> None:
         panel.axhline(1, color="grey", lw=0.8)
         panel.axhline(goal, color="grey", lw=0.8, ls="--")
         panel.annotate(f"goal {goal}", (table.length.max(), goal), ha="right", va="bottom", color="grey")
-        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{what}, plain forward = 1", xticks=LENGTHS)
-        panel.set_xticks(LENGTHS, LENGTHS)
+        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{what}, plain forward = 1")
+        panel.set_xticks(*[sorted(table.length.unique())] * 2)
         panel.set_yticks((1, 2, 4), ("1", "2", "4"))
         panel.minorticks_off()
     panels[0].legend(frameon=False)

@@ -13,12 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12},
     "tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
 }
 DTYPES = ("float32", "bfloat16")
-HEADS = {"small": (12, 4), "tinyllama": (32, 4), "llama-3-8b": (32, 8)}
+HEADS = {"tiny": (4, 2), "small": (12, 4), "tinyllama": (32, 4), "llama-3-8b": (32, 8)}
 
 
 def arguments(

@@ -11,18 +11,20 @@ from side_by_side import DTYPES, arguments, in_turns, random_llama, report
 
 from ctxlib.attention import steer_attention
 
-BATCHES = ((1, 1024), (8, 256))  # prompts, tokens of the longest
-NEW_TOKENS = 32
+BATCHES = ("1x1024", "8x256")  # prompts × tokens of the longest
 
 
 def main() -> None:
-    options = arguments(__doc__, dtype=DTYPES, repeats=7).parse_args()
+    parser = arguments(__doc__, dtype=DTYPES, repeats=7)
+    parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="PROMPTSxTOKENS")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    options = parser.parse_args()
 
     rows = []
     for dtype in options.dtype:
         model = random_llama(options.shape, dtype, options.device)
         model.generation_config.pad_token_id = 0
-        for prompts, length in BATCHES:
+        for prompts, length in (map(int, batch.split("x")) for batch in options.batches):
             rows.append(compare(model, prompts, length, options))
     table = pd.DataFrame(rows)
     report(table, steered_vs_plain=table.steered_vs_plain.min())
@@ -36,7 +38,7 @@ def compare(model, prompts: int, length: int, options) -> dict[str, object]:
     ids = torch.randint(3, 32000, (prompts, length), device=options.device)
 
     def plain():
-        settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        settings = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
         return model.generate(ids, attention_mask=mask.long(), **settings)
 
     def steered():
@@ -44,7 +46,7 @@ def compare(model, prompts: int, length: int, options) -> dict[str, object]:
             return plain()
 
     times, _ = in_turns({"plain": plain, "steered": steered}, options.repeats, options.device)
-    rates = prompts * NEW_TOKENS / times.median()
+    rates = prompts * options.new_tokens / times.median()
     cell = {"dtype": str(model.dtype).removeprefix("torch."), "prompts": prompts, "prompt_tokens": length}
     cell |= {"plain_tokens_per_s": rates.plain, "steered_tokens_per_s": rates.steered}
     return cell | {"steered_vs_plain": (times.plain / times.steered).median()}

@@ -453,10 +453,8 @@ def test_the_route_of_a_model_is_one_line(name, groups, words):
 
 
 def test_an_unknown_precision_is_refused():
-    with (
-        pytest.raises(InputError, match="give 'model' or 'exact'"),
-        record_allocation(llama(), batch()[1], precision="high"),
-    ):
+    recorder = partial(record_allocation, llama(), batch()[1], precision="high")
+    with pytest.raises((InputError, TypeCheckError), match="exact"), recorder():
         pass
 
 
@@ -721,12 +719,65 @@ def test_half_precision_holds_the_bias_to_twice_its_digits():
     torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)
 
 
-# --- what the heads hand on -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("padded", [True, False])
+def test_chosen_heads_are_steered_in_decoding(padded):
+    model = llama()
+    ids, roles, mask = batch("left", lengths=(8, 5) if padded else (8, 8))
+    keep, heads = roles == 2, {(0, 1), (0, 2), (2, 3)}
+    with steer_attention(model, keep, ALPHA, heads=heads):
+        options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+        out = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
+    for step in range(5):
+        logits = reweighted_logits(model, ids, mask, keep, [ALPHA] * 3, heads=heads)[:, -1]
+        torch.testing.assert_close(out.logits[step], logits, atol=3e-5, rtol=1e-4)
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        mask, keep = (torch.nn.functional.pad(of, (0, 1), value=value) for of, value in ((mask, 1), (keep, False)))
+
+
+def test_a_bias_in_decoding_has_twice_the_digits_of_half_precision():
+    model = llama().to(torch.bfloat16)
+    ids, roles, _ = batch(lengths=(12, 12))
+
+    def last_row(alpha):
+        prompt = roles[:, :11]
+        steering, recorder = steer_attention(model, prompt == 2, alpha), record_allocation(model, prompt, layers=[0])
+        with torch.no_grad(), steering, recorder as recording:
+            cache = model(ids[:, :11], use_cache=True).past_key_values
+            model(ids[:, 11:], past_key_values=cache)
+        return recording.allocation[:, :, :, 1].double()
+
+    weighted = last_row(1) * torch.tensor([0.02, 0.02, 1, 0.02, 0.02], dtype=torch.float64)
+    expected = weighted / weighted.sum(-1, keepdim=True)
+    torch.testing.assert_close(last_row(0.02), expected, atol=2e-5, rtol=1e-3)
+
+
+def test_steering_copies_no_cached_keys_in_decoding(monkeypatch):
+    seen, plain = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[2] == 1:
+            seen.append((module.layer_idx, key.shape, key.data_ptr(), attention_mask))
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", watched)
+    model = llama()
+    ids, roles, mask = batch("left")
+    with torch.no_grad(), steer_attention(model, roles == 2, ALPHA):
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+        model(ids[:, :1], attention_mask=longer, past_key_values=cache)
+    for layer, shape, pointer, _ in seen:
+        assert (shape, pointer) == (cache.layers[layer].keys.shape, cache.layers[layer].keys.data_ptr())
+    assert len(seen) == 3
+    assert all(attention_mask is seen[0][3] for *_, attention_mask in seen)
+
+
+# --- the output of single heads --------------------------------------------------------------------------------------
 
 ROWS = torch.tensor([[4, 11, -1], [-1, 6, 5]])
 
 
-def handed_on(model, ids, mask, rows, context=None):
+def outputs_of(model, ids, mask, rows, context=None):
     with torch.no_grad(), context or nullcontext(), record_outputs(model, rows) as recording:
         logits = model(ids, attention_mask=mask).logits
     return recording.outputs, logits
@@ -740,7 +791,7 @@ def test_recorded_outputs_are_what_the_output_projection_reads(name):
     for layer in model.get_decoder().layers:
         projection = layer.attention.dense if name == "gpt-neox" else layer.self_attn.o_proj
         projection.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    found, logits = handed_on(model, ids, mask, ROWS)
+    found, logits = outputs_of(model, ids, mask, ROWS)
     assert torch.equal(logits, plain)
     for example in range(2):
         for place, row in enumerate(ROWS[example].tolist()):
@@ -756,7 +807,7 @@ def test_patched_outputs_are_put_before_the_projection_for_these_heads_and_rows_
         for parameter in other.parameters():
             parameter.mul_(1.3)
     ids, _, mask = batch()
-    source, _ = handed_on(other, ids.flip(1), mask, ROWS)
+    source, _ = outputs_of(other, ids.flip(1), mask, ROWS)
     heads, width, handles = [(0, 1), (2, 0), (2, 3)], 8, []
     found = logits_of(model, ids, mask, patch_outputs(model, source, ROWS, heads))
 
@@ -784,7 +835,7 @@ def test_patched_outputs_are_put_before_the_projection_for_these_heads_and_rows_
 def test_patching_a_models_own_outputs_or_no_head_changes_nothing():
     model = llama()
     ids, _, mask = batch()
-    source, plain = handed_on(model, ids, mask, ROWS)
+    source, plain = outputs_of(model, ids, mask, ROWS)
     every = [(layer, head) for layer in range(3) for head in range(4)]
     for outputs, heads in ((source, every), (source + 1, [])):
         patched = logits_of(model, ids, mask, patch_outputs(model, outputs, ROWS, heads))
@@ -806,7 +857,7 @@ def test_patching_every_row_and_head_by_a_steered_pass_gives_what_steering_gives
 def test_outputs_are_not_recorded_or_patched_in_generation():
     model = llama()
     ids, _, mask = batch("left")
-    source, _ = handed_on(model, ids, mask, ROWS)
+    source, _ = outputs_of(model, ids, mask, ROWS)
     for context in (record_outputs(model, ROWS), patch_outputs(model, source, ROWS, [(0, 0)])):
         with pytest.raises(InputError, match="do not generate"), context:
             model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)

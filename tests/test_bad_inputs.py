@@ -15,9 +15,10 @@
 
 What is made: `model`, a copy of the miniature's instruct model with files changed: the keys of a JSON file set, or
 removed by `(removed)`; a text; null for a file that is absent; of the weights `{rename: {PATTERN: NEW}}`,
-`{drop: PATTERN}`, `{shapes: {NAME: [2, 3]}}`, `{fill: {NAME: .nan}}`. `files`: by name a text, rows (JSON, one row per
-line in .jsonl), `{hex: ffd8}`, `{link: TARGET}`, `{special: pipe | socket | folder}`. `value`: the text that {input}
-is; by default the model's folder, else the first of the files.
+`{drop: PATTERN}`, `{shapes: {NAME: [2, 3]}}`, `{fill: {NAME: .nan}}`. `files`: by name a text, in which {instruct} is
+the model that is copied; rows (JSON, one per line in .jsonl); `{hex: ffd8}`, `{tensors: {NAME: [2, 3]}}`,
+`{link: TARGET}`, `{special: pipe | socket | folder}`. `value`: the text that {input} is; by default the model's folder,
+else the first of the files.
 """
 
 import json
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +47,8 @@ CHAT = [
     for n in range(3)
 ]
 # lines that report progress: bars, and the doctor's checks
-PROGRESS = re.compile(r"^checking .*…$|^.*\d+%\|.*$|^.*\d+(it|step|turn|s)?/s\]?$|^\s*$")
+PROGRESS = re.compile(r"^checking .*…$|^.*\[\d+:\d\d.*\]$|^\s*$")
+SPECIAL = {"hex", "link", "special", "tensors"}
 IN_PROCESSES_OF_THEIR_OWN = 6
 
 
@@ -112,11 +115,13 @@ def make(row: dict[str, Any], folder: Path) -> list[str]:
 
 def write_file(path: Path, content: Any) -> None:
     if isinstance(content, str):
-        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        path.write_bytes(content.replace("{instruct}", str(INSTRUCT)).encode("utf-8", "surrogatepass"))
     elif isinstance(content, list) and path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    elif isinstance(content, list) or not set(content) <= {"hex", "link", "special"}:
-        path.write_text(json.dumps(content))
+    elif isinstance(content, list) or not set(content) <= SPECIAL:
+        write_file(path, json.dumps(content))
+    elif "tensors" in content:
+        save_file({name: torch.zeros(shape) for name, shape in content["tensors"].items()}, path)
     elif "hex" in content:
         path.write_bytes(bytes.fromhex(content["hex"]))
     elif "link" in content:
@@ -141,11 +146,11 @@ def copy_of_instruct(folder: Path, changes: dict[str, Any]) -> Path:
         path = folder / name
         if change is None:
             path.unlink()
-        elif name.endswith(".safetensors") and isinstance(change, dict) and "hex" not in change:
+        elif name.endswith(".safetensors") and isinstance(change, dict) and not set(change) <= SPECIAL:
             weights = changed_weights(load_file(path), **change)
             path.unlink()
             save_file(weights, path, metadata={"format": "pt"})
-        elif isinstance(change, dict) and path.exists() and name.endswith(".json"):
+        elif isinstance(change, dict) and path.exists() and not set(change) <= SPECIAL:
             content = json.loads(path.read_text()) | change
             path.write_text(json.dumps({key: value for key, value in content.items() if value != "(removed)"}))
         else:

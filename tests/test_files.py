@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from ctxlib.files import JsonLines, disk_space, replacing, write
-from ctxlib.params import InputError
+from ctxlib.files import JsonLines, check_writable, disk_space, replacing, write
+from ctxlib.params import InputError, expanded
 
 ROOT = Path(__file__).resolve().parents[1]
 BIG = torch.arange(9000.0)
@@ -146,3 +146,50 @@ def test_a_disk_that_fills_up_keeps_the_lines_before(tmp_path, full_disk):
         lines.append({"n": 2, "text": "x" * 9000})
     lines.append({"n": 3})
     assert JsonLines(path, check=dict).rows == [{"n": 1}, {"n": 3}]
+
+
+def test_the_next_write_removes_what_a_killed_process_left_and_only_that(tmp_path):
+    code = "import os, signal; from pathlib import Path; from ctxlib.files import replacing\n"
+    code += f"with replacing(Path({str(tmp_path / 'a')!r})) as beside: "
+    code += "beside.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert len(list(tmp_path.iterdir())) == 1
+    with replacing(tmp_path / "b") as alive:
+        alive.touch()
+        (tmp_path / ".mine").touch()
+        write(tmp_path / "c", "c")
+        assert alive.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "b", "c"]
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    (tmp_path / "file").touch()
+    for folder, reason in ((tmp_path / "file" / "x", "a file is in its place"), (Path("/proc/nope"), "No such file")):
+        with pytest.raises(InputError, match=rf"{folder}: no folder to write to \({reason}.*choose another"):
+            check_writable(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~nobody-here/x", "no such home folder; write the path in full"),
+        ("a\0b", r"'a\\x00b': not a path"),
+        ("x" * 300, "not a usable path \\(File name too long\\)"),
+        ("loop", "not a usable path|a link to loop"),
+        ("dangling", "a link to gone, which does not exist"),
+    ],
+)
+def test_a_path_that_cannot_be_one_is_named(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("gone")
+    with pytest.raises(InputError, match=message):
+        expanded(name)
+
+
+@pytest.mark.parametrize("name", ["absent", "a {b} #c: 'd' \"e\"\nf", "folder/x", "~/x"])
+def test_every_other_path_is_taken_as_it_is(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded(name, tmp_path) == Path(str(tmp_path), *name.replace("~/", "").split("/"))

@@ -48,6 +48,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits(model, in_small_ch
     assert "forward" not in vars(model.lm_head) and "_loss_function" not in vars(model)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_chunks_give_the_gradients_of_an_adapter(model, in_small_chunks):
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))

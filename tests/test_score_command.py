@@ -189,7 +189,7 @@ def test_shares_are_put_together_when_the_last_is_there(score, tmp_path):
 
 
 def test_where_memory_ran_out_a_smaller_token_budget_goes_on_from_the_parts(score, tmp_path, monkeypatch):
-    options, score_batch, calls = ["--conversations-per-part", "1"], scoring._score_batch, []
+    options, score_batch, calls = ["--conversations-per-part", "1"], scoring.corpus._score_batch, []
 
     def full(*args):
         calls.append(1)
@@ -197,7 +197,7 @@ def test_where_memory_ran_out_a_smaller_token_budget_goes_on_from_the_parts(scor
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return score_batch(*args)
 
-    monkeypatch.setattr(scoring, "_score_batch", full)
+    monkeypatch.setattr(scoring.corpus, "_score_batch", full)
     status, _, errors = score(*options)
     assert (
         status == 2 and "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): set" in errors.splitlines()[-1]
@@ -326,7 +326,7 @@ def test_models_without_attention_to_record_are_refused(score, tokenizer, tmp_pa
         assert status == 2 and without in errors.splitlines()[-1]
     with monkeypatch.context() as patch:  # where the configuration does not tell, two tokens do
         patch.setattr(score_folder, "_check_layer_types", lambda *args: None)
-        patch.setattr(scoring, "_score_batch", lambda *args: pytest.fail("a batch was scored"))
+        patch.setattr(scoring.corpus, "_score_batch", lambda *args: pytest.fail("a batch was scored"))
         status, _, errors = score("--layer", "all", model=hybrid)
         assert status == 2 and without in errors.splitlines()[-1]
     assert score("--layer", "1", model=hybrid, out=tmp_path / "of_hybrid")[0] == 0

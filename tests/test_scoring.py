@@ -15,7 +15,7 @@ from ctxlib.files import digest
 from ctxlib.metrics import layer_agreement, score_agreement
 from ctxlib.params import InputError, Scoring
 from ctxlib.roles import Role, RoleMap, role_map
-from ctxlib.scoring import answered_turns, length_buckets, reduce_heads, rope_borders
+from ctxlib.scoring import answered_turns, encoded_ahead, length_buckets, reduce_heads, rope_borders
 
 
 def score_corpus(model, tokenizer, corpus, **options):
@@ -272,7 +272,7 @@ def test_progress_tells_tokens_a_second(model, tokenizer, corpus, capsys):
 def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, corpus, tmp_path, monkeypatch):
     settings = {"layers": [0, 2], "conversations_per_part": 1, "progress": False}
     whole = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "whole", **settings)
-    score_batch, calls = scoring._score_batch, []
+    score_batch, calls = scoring.corpus._score_batch, []
 
     def dies_after_two(*args):
         if len(calls) == 2:
@@ -280,7 +280,7 @@ def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, 
         calls.append(1)
         return score_batch(*args)
 
-    monkeypatch.setattr(scoring, "_score_batch", dies_after_two)
+    monkeypatch.setattr(scoring.corpus, "_score_batch", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "killed", **settings)
     assert [path.name for path in sorted(tmp_path.glob("killed/*/*.parquet"))] == [
@@ -289,7 +289,7 @@ def test_killed_and_started_again_it_ends_with_the_same_frame(model, tokenizer, 
     ]
 
     calls.clear()
-    monkeypatch.setattr(scoring, "_score_batch", lambda *args: calls.append(1) or score_batch(*args))
+    monkeypatch.setattr(scoring.corpus, "_score_batch", lambda *args: calls.append(1) or score_batch(*args))
     resumed = score_corpus(model, tokenizer, corpus, shard_dir=tmp_path / "killed", **settings)
     assert len(calls) == 3
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
@@ -330,7 +330,7 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
 ):
     settings = {"layers": [0], "shard_dir": tmp_path, "conversations_per_part": 3, "progress": False}
     whole = score_corpus(model, tokenizer, corpus, layers=[0], token_budget=1, progress=False)
-    score_batch, scored = scoring._score_batch, []
+    score_batch, scored = scoring.corpus._score_batch, []
 
     def full(*args):
         if len(scored) == (1 if token_budget > 1 else 3):
@@ -339,7 +339,7 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
         return score_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_score_batch", full)
+        patch.setattr(scoring.corpus, "_score_batch", full)
         with pytest.raises(InputError, match=rf"out of memory \(CUDA.*: set .*{remedy}.*is kept in {tmp_path}"):
             score_corpus(model, tokenizer, corpus, token_budget=token_budget, **settings)
     assert len(list(tmp_path.glob("*/part-*.parquet"))) == 1
@@ -350,7 +350,7 @@ def test_where_memory_runs_out_the_setting_is_named_that_helps_and_finished_part
 def test_shards_of_several_processes_are_read_as_one(model, tokenizer, corpus, tmp_path, monkeypatch):
     settings = {"layers": [1], "conversations_per_part": 2, "shard_dir": tmp_path, "progress": False}
     parts = [score_corpus(model, tokenizer, corpus, shard=(i, 2), **settings) for i in (1, 0)]
-    monkeypatch.setattr(scoring, "_score_batch", lambda *args: pytest.fail("scored again"))
+    monkeypatch.setattr(scoring.corpus, "_score_batch", lambda *args: pytest.fail("scored again"))
     frame = score_corpus(model, tokenizer, corpus, **settings)
     assert len(frame) == sum(map(len, parts)) and list(frame.conversation.unique()) == ["b", "a", "c", "e", "d"]
 
@@ -368,7 +368,7 @@ def test_a_streamed_corpus_has_the_hash_the_parts_and_the_scores_of_a_loaded_one
     options = {"conversations_per_part": 2, "progress": False, "shard_dir": tmp_path / "parts"}
     expected = score_corpus(model, tokenizer, corpus, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_score_batch", None)  # not called: the parts are those of the loaded one
+        patch.setattr(scoring.corpus, "_score_batch", None)  # not called: the parts are those of the loaded one
         pd.testing.assert_frame_equal(score_corpus(model, tokenizer, streamed, **options), expected)
     anew = score_corpus(model, tokenizer, streamed, conversations_per_part=2, progress=False, shard=(1, 2))
     whole = score_corpus(model, tokenizer, corpus, conversations_per_part=2, progress=False, shard=(1, 2))
@@ -460,6 +460,44 @@ def test_a_score_does_not_depend_on_what_shares_its_batch_where_frequencies_chan
 def frame_of(**by_layer):
     rows = [(f"c{i}", 1, int(name[1:]), s) for name, scores in by_layer.items() for i, s in enumerate(scores)]
     return pd.DataFrame(rows, columns=["conversation", "turn", "layer", "score"])
+
+
+class Letters:
+    """A part of a corpus, of letters instead of conversations."""
+
+    def __init__(self, letters):
+        self.to_encode = letters
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_parts_are_encoded_in_order_and_one_part_ahead(threads):
+    given = []
+
+    def parts():
+        for letters in ("abc", "", "de", "f"):
+            given.append(letters)
+            yield Letters(letters)
+
+    for n, (part, encoded) in enumerate(encoded_ahead(parts(), str.upper, threads), start=1):
+        assert encoded == list(part.to_encode.upper())
+        assert len(given) == min(n + (threads > 0), 4)
+    assert n == 4
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_of_an_encoder_ends_the_scoring(threads):
+    def fails(letter):
+        raise InputError(f"cannot read {letter}")
+
+    with pytest.raises(InputError, match="cannot read a"):
+        list(encoded_ahead([Letters("ab")], fails, threads))
+
+
+def test_threads_that_encode_ahead_change_no_score(model, tokenizer, corpus, monkeypatch):
+    options = {"conversations_per_part": 2, "progress": False}
+    expected = score_corpus(model, tokenizer, corpus, **options)
+    monkeypatch.setattr(scoring.corpus, "encoded_ahead", lambda parts, encode, _: encoded_ahead(parts, encode, 2))
+    pd.testing.assert_frame_equal(score_corpus(model, tokenizer, corpus, **options), expected, check_exact=True)
 
 
 def test_a_layer_that_was_not_scored_is_named():

@@ -59,8 +59,8 @@ class Steers(Protocol):
     """A steering, as the hook knows it."""
 
     def steer(
-        self, layer: int, query: Tensor, key: Tensor, scaling: float, first_query: int
-    ) -> tuple[Tensor, Tensor]: ...
+        self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, first_query: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 @runtime_checkable
@@ -100,7 +100,7 @@ class Hook:
         layer = module.layer_idx
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         for steering in self.steerings:
-            query, key = steering.steer(layer, query, key, scaling, self.first_query)
+            query, key, attention_mask = steering.steer(layer, query, key, attention_mask, scaling, self.first_query)
         wanted = [w for r in self.recordings if (w := r.wanted(layer, query, key, self.first_query)) is not None]
         riders = [w for w in wanted if w.rides(query, value)]
         for beside in (w for w in wanted if w not in riders):

@@ -13,11 +13,11 @@ from ctxlib.params import InputError
 
 @contextmanager
 def record_outputs(model: nn.Module, rows: Int[Tensor, "batch row"]) -> Iterator["HeadOutputs"]:
-    r"""Record what every head hands on at chosen positions: $z_{h,q} = \sum_k p_{h,q,k} v_{h,k}$.
+    r"""Record the output of every head at chosen positions: $z_{h,q} = \sum_k p_{h,q,k} v_{h,k}$.
 
-    Before the output projection, which sums the heads up. `rows` is a table of positions, -1 for none, whose outputs
-    are zero. One pass over the prompt, not `generate` (InputError); another pass replaces what was recorded. What is
-    recorded is what `steer_attention` and `patch_outputs` make of it, where they were opened before.
+    This is before the output projection, which sums the heads up. `rows` is a table of positions, -1 for none, whose
+    outputs are zero. One pass over the prompt, not `generate` (InputError); another pass replaces the recording. A
+    steering or a patch that was opened before has changed the recorded outputs already.
     """
     outputs = HeadOutputs(model, rows)
     with registered(model) as hook, listed(hook.outputs, outputs):
@@ -31,11 +31,11 @@ def patch_outputs(
     rows: Int[Tensor, "batch row"],
     heads: Collection[Head],
 ) -> Iterator[None]:
-    """Let `heads`, pairs of layer and head, hand on `outputs` at `rows` instead of their own, and all else as it was.
+    """Replace the outputs of `heads`, pairs of layer and head, by `outputs` at `rows`; all else stays as it was.
 
-    Both as `record_outputs` has them, of the same model in another condition or of another model of this shape: then
-    the n-th row here stands for the n-th row there. One pass over the prompt, not `generate` (InputError). This is
-    activation patching (Vig et al. 2020; Meng et al. 2022, causal tracing).
+    Both are in the layout of `record_outputs`, recorded from the same model in another condition or from another model
+    of this shape, the n-th row here for the n-th row there. One pass over the prompt, not `generate` (InputError).
+    This is activation patching (Vig et al. 2020; Meng et al. 2022, causal tracing).
     """
     patch = HeadOutputs(model, rows, outputs, heads)
     with registered(model) as hook, listed(hook.outputs, patch):
@@ -43,7 +43,7 @@ def patch_outputs(
 
 
 class HeadOutputs:
-    """What the heads hand on at chosen rows of one forward pass; with a `source`, what some of them hand on instead."""
+    """Outputs of the heads at chosen rows of one forward pass; with a `source`, some of them are replaced by it."""
 
     def __init__(self, model, rows, source=None, heads=()):
         self._rows = rows
@@ -57,7 +57,7 @@ class HeadOutputs:
 
     @property
     def outputs(self) -> Float[Tensor, "layer batch row head width"]:
-        """In the order of the rows asked for; zero where there was none."""
+        """In the order of the rows asked for; zero for a row of -1."""
         if not self._found:
             raise InputError("nothing was recorded; call the model inside the record_outputs block")
         return torch.stack([self._found[layer] for layer in sorted(self._found)])
@@ -65,7 +65,7 @@ class HeadOutputs:
     def head_outputs(
         self, layer: int, own: Float[Tensor, "batch query_pos head width"], first_query: int
     ) -> Float[Tensor, "batch query_pos head width"]:
-        """The heads' outputs, patched where there is a source, else noted and as they are."""
+        """The heads' outputs: patched if there is a source, else recorded and unchanged."""
         check_batch(own, len(self._rows))
         if first_query or own.shape[1] <= self._rows.max():
             raise InputError("head outputs are recorded and patched in one pass over the whole prompt; do not generate")

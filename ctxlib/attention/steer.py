@@ -58,35 +58,53 @@ class _Steering:
         self.keep = keep | F.pad(keep, (1, -1)) if variant == "authors_code" else keep
         self.log_alpha = math.log(steering_alpha) if steering_alpha else _FORBIDDEN
         self.compounds = variant == "authors_code"
-        self.steers_head = heads_table(model, heads)
+        self.heads = heads_table(model, heads).tolist()
         if queries is not None and queries.shape != keep.shape:
             raise InputError(f"queries are {tuple(queries.shape)}, keep {tuple(keep.shape)}; give both a place a token")
         self.queries = queries
         self.steer_generated = not self.compounds if steer_generated is None else steer_generated
-        self._shared: tuple = (None, None)
+        self._made: dict[tuple, Tensor] = {}  # what layers and steps share
+        self._of_step: tuple[Tensor | None, int] = (None, 0)
+        self._masks: dict[tuple, Tensor] = {}  # of this decoding step
 
     def steer(
         self,
         layer: int,
         query: Float[Tensor, "batch head query_pos width"],
         key: Float[Tensor, "batch kv_head key_pos width"],
+        mask: Tensor | None,
         scaling: float,
         first_query: int,
-    ) -> tuple[Float[Tensor, "batch head query_pos wider"], Float[Tensor, "batch kv_head key_pos wider"]]:
-        """Two more dimensions, whose product is the bias: causal kernels and grouped queries stay as they are.
+    ) -> tuple[
+        Float[Tensor, "batch head query_pos wider"], Float[Tensor, "batch kv_head key_pos wider"], Tensor | None
+    ]:
+        """The prompt: two more dimensions, whose product is the bias; decoding: the bias as a mask.
 
-        The bias is split in two, so that half precision holds it to twice its digits.
+        So causal kernels and grouped queries stay as they are for the prompt, and no cached key is copied in decoding.
+        The bias is split in two in either case, so that half precision holds it to twice its digits.
         """
-        if not self.steers_head[layer].any():
-            return query, key
+        heads = tuple(self.heads[layer])
+        if not any(heads):
+            return query, key, mask
         check_batch(query, len(self.keep))
         log_weight = max(self.log_alpha * (layer + 1 if self.compounds else 1), _FORBIDDEN)
+        decoding = query.shape[2] == 1 and first_query >= self.keep.shape[1]
+        if decoding and (mask is None or mask.dtype == torch.bool):
+            return query, key, self._as_mask(mask, key.shape[2], log_weight, heads, key.dtype, key.device)
         bias = self._bias(key.shape[2], log_weight / scaling, key.dtype, key.device)
-        steered = self.steers_head[layer].to(query)[None, :, None, None] * self._steered(query, first_query)
+        steered = self._head_column(heads, query) * self._steered(query, first_query)
         return (
             widened(query, steered.expand(len(query), -1, query.shape[2], 2)),
             widened(key, bias[:, None].expand(-1, key.shape[1], -1, -1)),
+            mask,
         )
+
+    def _head_column(self, heads: tuple[bool, ...], like: Tensor) -> Float[Tensor, "1 head 1 1"]:
+        """1 for the heads that are steered, else 0."""
+        place = heads, like.dtype, like.device
+        if place not in self._made:
+            self._made[place] = torch.tensor(heads).to(like)[None, :, None, None]
+        return self._made[place]
 
     def _steered(self, query: Tensor, first_query: int) -> Float[Tensor, "#batch 1 #query_pos 1"]:
         """1 for the queries that are steered, else 0."""
@@ -95,15 +113,44 @@ class _Steering:
         chosen = self.queries[:, first_query : first_query + query.shape[2]].to(query)
         return F.pad(chosen, (0, query.shape[2] - chosen.shape[1]), value=1)[:, None, :, None]
 
+    def _kept(self, keys: int, device: torch.device) -> Bool[Tensor, "batch key_pos"]:
+        generated = keys - self.keep.shape[1]
+        if generated < 0:
+            raise InputError(f"keep has {self.keep.shape[1]} positions, but the model saw only {keys}")
+        return F.pad(self.keep.to(device), (0, generated), value=not self.steer_generated)
+
     def _bias(self, keys: int, log_weight: float, dtype, device) -> Float[Tensor, "batch key_pos 2"]:
-        """The bias, split in two; the layers of one pass mostly share it."""
-        if self._shared[0] != (keys, log_weight, dtype):
-            generated = keys - self.keep.shape[1]
-            if generated < 0:
-                raise InputError(f"keep has {self.keep.shape[1]} positions, but the model saw only {keys}")
-            keep = F.pad(self.keep.to(device), (0, generated), value=not self.steer_generated)
-            bias = torch.where(keep, 0.0, log_weight)
+        """The bias as a sum of two, which the layers of one pass mostly share."""
+        place = "two", keys, log_weight, dtype, device
+        if place not in self._made:
+            bias = torch.where(self._kept(keys, device), 0.0, log_weight)
             high = bias.to(dtype)
             low = (bias - high).to(dtype)
-            self._shared = (keys, log_weight, dtype), torch.stack([high, low], dim=-1)
-        return self._shared[1].to(device)
+            self._made = {of: made for of, made in self._made.items() if of[0] != "two"}
+            self._made[place] = torch.stack([high, low], dim=-1)
+        return self._made[place]
+
+    def _as_mask(
+        self, mask: Bool[Tensor, "batch _ 1 key_pos"] | None, keys: int, log_weight: float, heads: tuple, dtype, device
+    ) -> Float[Tensor, "batch _ 1 key_pos"]:
+        """What is added to the scores of one decoding step, made once for all of its layers.
+
+        A softmax does not change if all scores do by the same amount: so the keys to keep get what the dtype cannot
+        hold of the bias, and the other keys the rest, of the opposite sign.
+        """
+        place = "one", log_weight, dtype, device
+        if place not in self._made or self._made[place].shape[-1] < keys:
+            high = float(torch.tensor(log_weight, dtype=dtype))
+            spare = keys + 256  # for the next steps
+            kept = self._kept(spare, device)[:, None, None]
+            self._made[place] = torch.where(kept, high - log_weight, high).to(dtype)
+        bias = self._made[place][..., :keys]
+        if mask is None and all(heads):
+            return bias
+        if self._of_step[0] is not mask or self._of_step[1] != keys:
+            self._of_step, self._masks = (mask, keys), {}
+        if (log_weight, heads) not in self._masks:
+            if not all(heads):
+                bias = torch.where(self._head_column(heads, bias).bool(), bias, 0.0)
+            self._masks[log_weight, heads] = bias if mask is None else torch.where(mask, bias, -math.inf)
+        return self._masks[log_weight, heads]

@@ -44,6 +44,7 @@ from ctxlib.params import (
     ScoreRule,
     Seed,
     Variant,
+    expanded,
     load_params,
 )
 
@@ -168,9 +169,11 @@ def _announce(check: str) -> None:
 @app.command
 def miniature(*, out: Annotated[Path, option("Folder for the two models; an interrupted run resumes there.")]) -> None:
     """Train both models of the miniature from scratch and write their cards."""
+    from ctxlib.files import check_writable
     from ctxlib.miniature.build import build
 
-    build(out)
+    check_writable(expanded(out))
+    build(expanded(out))
 
 
 @app.command
@@ -319,8 +322,10 @@ def main() -> None:
         is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.filename is None and not is_full:
             raise
-        _discard_output()
-        what, remedy = (error.filename, "correct it, or its permissions") if not is_full else ("output", "make room")
+        what, remedy = error.filename, "correct it, or its permissions"
+        if is_full:
+            _discard_output()
+            what, remedy = "output", "make room"
         print(f"{what}: {error.strerror}; {remedy}", file=sys.stderr)
         status = 2
     raise SystemExit(status)

@@ -58,12 +58,11 @@ def reproduce(params_file: Path, overrides: dict[str, Any]) -> int:
         with temporary_files(work / "tmp") as folder:
             config, line = folder / "config.json", folder / "line"
             config.write_text(json.dumps({"params_file": str(params_file), "overrides": overrides}), encoding="utf-8")
-            command = [sys.executable, "-m", "snakemake", "--cores", "all" if params.evidence else "1", "--quiet"]
-            command += ["all", "--nolock", "--rerun-incomplete", "--configfile", str(config)]
+            command = [sys.executable, "-m", "snakemake", "--cores", "all" if params.evidence else "1"]
+            command += ["--nolock", "--rerun-incomplete", "--configfile", str(config)]
             command += ["--snakefile", str(snakefile)]
-            began = time.time()
             finished = subprocess.run(
-                command,
+                [*command, "--quiet", "all"],
                 env=os.environ | {INPUT_ERROR_FILE: str(line), LEADER: str(os.getpid())},
                 pass_fds=[lock.fileno()],
                 preexec_fn=_end_with_parent,
@@ -71,7 +70,7 @@ def reproduce(params_file: Path, overrides: dict[str, Any]) -> int:
             if line.exists():
                 raise InputError(line.read_text(encoding="utf-8"))
             if finished.returncode and not line.with_name("failed").exists():
-                raise NotebookError(f"{snakefile}: snakemake failed: {_last_words(began)}")
+                raise NotebookError(f"{snakefile}: snakemake failed: {_last_words(command)}")
     return finished.returncode
 
 
@@ -138,9 +137,11 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _last_words(began: float) -> str:
-    """The last line that says something in the newest log of snakemake, which is quiet on the terminal."""
-    logs = [log for log in Path(".snakemake/log").glob("*.log") if log.stat().st_mtime >= began - 1]
-    text = max(logs, key=lambda log: log.stat().st_mtime).read_text(encoding="utf-8", errors="replace") if logs else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("Complete log", "["))]
-    return lines[-1] if lines else "it left no word; for all that it says: snakemake --cores 1"
+def _last_words(command: list[str]) -> str:
+    """The reason for a failure that no notebook reported: the last line of a dry run, which is not quiet."""
+    asked = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, errors="replace")
+    if not asked.returncode:
+        return "a notebook's process was ended from outside, most likely out of memory; run the same again"
+    said = (line.strip() for line in (asked.stdout + asked.stderr).splitlines())
+    lines = [line for line in said if line and not line.startswith("File ")]  # without the place in the Snakefile
+    return lines[-1] if lines else f"exit status {asked.returncode}"

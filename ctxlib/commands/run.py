@@ -121,7 +121,9 @@ def _read_notebook(notebook: Path) -> NotebookNode:
         raise InputError(f"{notebook}: no such notebook; there are: {there or 'none in that folder'}")
     try:
         source = nbformat.read(notebook, as_version=4)
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError) as error:
+    except OSError as error:
+        raise InputError(f"{notebook}: not readable: {error.strerror}; correct its permissions") from None
+    except (nbformat.ValidationError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{notebook}: not a notebook: {str(error).splitlines()[0][:80]}") from None
     if not any("parameters" in cell.metadata.get("tags", []) for cell in source.cells):
         raise InputError(f"{notebook}: no cell is tagged 'parameters'; tag the one with params_file and overrides")

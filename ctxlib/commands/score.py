@@ -25,13 +25,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.commands.settings import ScoredRows, ScoreRun
 from ctxlib.conversations import Corpus, data_files, open_conversations, save_conversations
-from ctxlib.files import check_writable, digest, file_digest, write
+from ctxlib.files import check_writable, digest, file_digest, folder_for_now, write
 from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
 from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
 from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, Variant, expanded, locate, nowhere
 from ctxlib.results import to_json
+from ctxlib.roles import role_map
 from ctxlib.scoring import (
     answered_turns,
     checked_layers,
@@ -133,8 +134,19 @@ class Prepared:
         Raises InputError for a folder that cannot be written or holds the data, for a model that is not loadable or
         whose attention cannot be recorded, for a score that is not a number, and when no turn could be scored.
         """
-        folder, settings = expanded(folder), self.settings
+        folder = expanded(folder)
         self._check(folder)
+        with folder_for_now(folder / "parts"):
+            try:
+                return self._score(folder, share, progress)
+            except InputError:
+                for record in (folder / "parts").glob("*/*/settings.json"):
+                    if not any(record.parent.glob("part-*")):
+                        record.unlink(missing_ok=True)
+                raise
+
+    def _score(self, folder: Path, share: Share, progress: bool) -> Run:
+        settings = self.settings
         model = load_model(
             model_source(settings.model),
             dtype=settings.dtype,
@@ -262,10 +274,24 @@ def prepare(settings: Settings) -> Prepared:
         corpus=corpus,
         files=_file_digests(settings.data),
     )
+    _check_template(tokenizer, corpus)
     if not prepared.n_turns:
         left = f"the {len(corpus):,} conversations hold" if len(corpus) else "every row was dropped, which leaves"
         raise InputError(f"{settings.data}: {left} no user message with an answer; there is nothing to score")
     return prepared
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
+    """Raises InputError if the chat template does not show who wrote which token in any conversation."""
+    reason = None
+    for conversation in corpus.conversations:
+        try:
+            role_map(tokenizer, conversation.messages)
+            return
+        except InputError as error:
+            reason = reason or error
+    if reason:
+        raise InputError(f"{corpus.source}: no turn can be scored: {reason}")
 
 
 def _check_layer_types(config: PreTrainedConfig, layers: Sequence[int]) -> None:

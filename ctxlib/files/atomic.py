@@ -81,13 +81,14 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def folder_for_now(folder: Path) -> Iterator[None]:
-    """A folder that exists in the block; those that had to be made for it are removed at the end if they are empty."""
+    """A folder that exists in the block; if it, or one above it, had to be made, empty ones are removed at the end."""
     made = _absent(expanded(folder))
     make_folder(folder)
     try:
         yield
     finally:
-        _remove_empty(made)
+        inside = sorted(made[-1].rglob("*/"), reverse=True) if made else []  # the innermost first
+        _remove_empty([*inside, *made])
 
 
 def check_writable(folder: Path) -> None:

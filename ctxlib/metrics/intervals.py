@@ -48,7 +48,7 @@ def in_words(row: Any, spec: str = "+.2f", *, of: str | None = None, p: bool = F
     text = format(row.value, spec)
     if not pd.isna(row.ci_low):
         text += f" [{format(row.ci_low, spec)}, {format(row.ci_high, spec)}]"
-    if p:
+    if p and not pd.isna(row.p_value):
         text += f", p = {row.p_value:.2g}"
     if of is None:
         return text
@@ -80,18 +80,18 @@ def bootstrap_interval(
     if array.size < 2:  # nothing to resample
         return (np.nan, np.nan) if not array.size else (float(array[0]), float(array[0]))
     data, statistic = ((array,), np.mean) if out_of is None else ((array, np.asarray(out_of, dtype=float)), _ratio)
-    interval = bootstrap(
+    means = bootstrap(
         data,
         statistic,
         n_resamples=samples,
         batch=max(1, _RESAMPLED_AT_ONCE // array.size),
         vectorized=True,
         paired=out_of is not None,
-        confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    ).bootstrap_distribution
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])  # scipy's own limits differ in the last bit
+    return float(low), float(high)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, axis: int) -> np.ndarray:

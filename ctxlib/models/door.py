@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ctxlib.conversations import Message
@@ -212,10 +212,12 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedC
     if is_adapter(path):
         path = adapter_base(path)
         check_model_files(path)
-    with _opening("configuration", path, revision):
+    with _opening("configuration (config.json)", path, revision):
         config = AutoConfig.from_pretrained(
             source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
-        ).get_text_config()
+        )
+    _check_quantisation(config, path)
+    config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     if isinstance(heads, int) and isinstance(width, int) and not getattr(config, "head_dim", None) and width % heads:
@@ -235,8 +237,10 @@ def load_model(
     adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
-) -> PreTrainedModel | PeftModel:
-    """Causal language model in eval mode, from a local folder or a hub id; safetensors only, never remote code.
+) -> nn.Module:
+    """Causal language model in eval mode (with an adapter a PeftModel), from a local folder or a hub id.
+
+    Only safetensors are read, and remote code is never run.
 
     Parameters
     ----------
@@ -282,11 +286,28 @@ def load_model(
             **quantised,
         )
     _check_complete(report, path)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # An eval-mode forward on AVX512-BF16 processors repacks the weights and gradients are wrong ever after.
-            module.support_avx512bf16_for_cpu = False
+    if getattr(model, "is_quantized", False):
+        import bitsandbytes
+
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # An eval-mode forward on AVX512-BF16 processors repacks the weights: gradients are wrong ever after.
+                module.support_avx512bf16_for_cpu = False
     return (model if adapter is None else _with_adapter(model, adapter, path)).eval()
+
+
+def _check_quantisation(config: PreTrainedConfig, path: str | Path) -> None:
+    """Raises InputError for a way that transformers does not know: it would read the weights as if unquantised."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return
+    method = own.get("quant_method") if isinstance(own, Mapping) else getattr(own, "quant_method", None)
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    if getattr(method, "value", method) not in {*known, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        raise InputError(
+            f"{path}: config.json: quantization_config: transformers knows no way of quantising called {method!r}; "
+            "take the model without quantisation"
+        )
 
 
 def _nf4(config: PreTrainedConfig, dtype: str, path: str | Path) -> BitsAndBytesConfig:
@@ -339,10 +360,13 @@ def _shape(of: Any) -> str:
     return "×".join(map(str, tuple(of)))
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path) -> nn.Module:
+    from peft import PeftModel  # with bitsandbytes a quarter of all time that imports take, and few need it
+
     resize_with_mean(model, len(load_tokenizer(adapter)))
     try:
-        with _opening("adapter", adapter):
+        with _opening("adapter", adapter), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which are checked below
             laid = PeftModel.from_pretrained(model, source(adapter))
     except InputError as error:
         raise InputError(f"{error} (adapter for {path})") from error
@@ -351,8 +375,10 @@ def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path)
     return laid
 
 
-def _check_adapter_is_read(model: PeftModel, file: Path, path: str | Path) -> None:
+def _check_adapter_is_read(model: nn.Module, file: Path, path: str | Path) -> None:
     """Raises InputError unless the adapter's file holds exactly the weights that were laid over the model."""
+    from peft import get_peft_model_state_dict
+
     with safe_open(file, framework="pt") as weights:
         in_file = set(weights.keys())
     known = set(get_peft_model_state_dict(model, save_embedding_layers=False))

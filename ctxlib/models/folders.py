@@ -10,6 +10,10 @@ from ctxlib.params import InputError, expanded, locate, nowhere
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
+_TOKENIZER_JSON = (  # transformers reads the first of them, too, to choose the tokenizer's class
+    *("config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 BASE_FROM_HERE = "base_from_here"  # key of finetune.json: the base as seen from the adapter
 
 
@@ -129,7 +133,7 @@ def check_tokenizer_files(path: str | Path, *, required: bool = True) -> bool:
         if required:
             raise InputError(f"{path}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)})")
         return False
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in _TOKENIZER_JSON:
         if (folder / name).is_file():
             read_json_object(folder / name)
     for name in ("vocab.json", "tokenizer.model", "merges.txt", "chat_template.jinja"):

@@ -6,6 +6,7 @@ a user that looks like a control token stays text.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Hashable
@@ -56,9 +57,11 @@ def encode(
             tokens, offsets = _encode_by_pieces(tokenizer, named, {name: t for t, name in encoder.names.items()})
         else:
             encoding = encoder.backend.encode(named, add_special_tokens=False)
-            tokens, offsets = [encoder.original_ids.get(token, token) for token in encoding.ids], encoding.offsets
+            tokens, offsets, original = encoding.ids, encoding.offsets, encoder.original_ids
+            tokens = [original.get(token, token) for token in tokens] if original else tokens
         ids = np.array(tokens, dtype=np.int64)
-        starts, stops = np.array(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
+        flat = itertools.chain.from_iterable(offsets)  # faster than an array of pairs
+        starts, stops = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T.copy()
         expected = np.array([encoder.ids[match.group()] for match in found], dtype=np.int64)
         recognised = np.append(ids, -1)[np.searchsorted(stops, heads, side="right")] == expected
         if recognised.all():
@@ -130,7 +133,8 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, spelled: str, written: s
         return frozenset(control), _any_of(token for token in ordinary - control if token.strip())
 
     control, ordinary = _once(tokenizer, (spelled, *special, len(tokenizer)), sort_out)
-    return control.union(ordinary.findall(written))
+    wrote = ordinary.findall(written)
+    return control.union(wrote) if wrote else control  # the same set as before has its hash already
 
 
 def _any_of(tokens) -> re.Pattern:

@@ -141,11 +141,13 @@ def role_map(
     if indicator is not None:
         rendering = _insert_indicator(rendering, contents, f"{' ' * indicator_space}{indicator}")
     ids, chars = encode(tokenizer, rendering, spelled_by_template(tokenizer))
-    bos_place = np.flatnonzero((ids == tokenizer.bos_token_id) & (chars[:, 0] < 0))[:1]
-    if not (len(bos_place) and _begins_with(tokenizer.bos_token, rendering)):
-        bos_place = np.arange(int(bos and tokenizer.bos_token is not None))
-        ids = np.concatenate([np.full(len(bos_place), tokenizer.bos_token_id or 0), ids])
-        chars = np.concatenate([np.full((len(bos_place), 2), -1), chars])
+    bos_place, bos_id = [], tokenizer.bos_token_id
+    if bos_id is not None:
+        bos_place = np.flatnonzero((ids == bos_id) & (chars[:, 0] < 0))[:1]
+        if not (len(bos_place) and _begins_with(tokenizer.bos_token, rendering)):
+            bos_place = [0] * bos
+            if bos:
+                ids, chars = np.concatenate([[bos_id], ids]), np.concatenate([[[-1, -1]], chars])
     roles, turns = _roles_and_turns(contents, chars[:, 0])
     roles[bos_place] = Role.BOS
     return RoleMap(*map(torch.from_numpy, (ids, roles, turns, chars)))
