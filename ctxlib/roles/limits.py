@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-SECONDS = 5.0  # a template of the hub takes less than a millisecond a message
+SECONDS = 5.0  # of the thread's own processor time; a template of the hub takes less than a millisecond a message
 CHARACTERS = 2**22  # of one text that a template puts together: four times what a conversation may hold
 
 
@@ -85,13 +85,14 @@ class _Watchdog:
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
-        self.deadlines: dict[int, float] = {}
+        self.deadlines: dict[int, tuple[Callable[[], float], float]] = {}  # by thread: its clock, and its end
         self.fired: set[int] = set()
         self.running = False
 
     def enter(self, thread: int, seconds: float) -> None:
         with self.lock:
-            self.deadlines[thread] = time.monotonic() + seconds
+            clock = _clock(thread)
+            self.deadlines[thread] = clock, clock() + seconds
             if not self.running:
                 self.running = True
                 threading.Thread(target=self._watch, daemon=True, name="template watchdog").start()
@@ -106,14 +107,20 @@ class _Watchdog:
     def _watch(self) -> None:
         while True:
             with self.lock:
-                now = time.monotonic()
-                for thread, deadline in self.deadlines.items():
-                    if now > deadline and thread not in self.fired:
+                for thread, (clock, deadline) in self.deadlines.items():
+                    if thread not in self.fired and clock() > deadline:
                         self.fired.add(thread)
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(
                             ctypes.c_ulong(thread), ctypes.py_object(TemplateLimit)
                         )
                 self.lock.wait(0.25)
+
+
+def _clock(thread: int) -> Callable[[], float]:
+    """The processor time of a thread, so that a busy machine refuses no template; elsewhere than on Unix, any clock."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    return functools.partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
 
 
 _watchdog = _Watchdog()
