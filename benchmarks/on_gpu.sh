@@ -7,6 +7,7 @@
 #
 # Writes outputs/benchmarks/<device>/<part>.txt, its table and last line of key=value, and summary.txt with one line per
 # part. A part that fails or exceeds its limit is marked as such; the others still run, and the exit status is 1.
+# No GPU has run this version yet: its times are open.
 # Needs torch >= 2.11, transformers, peft, bitsandbytes and pytest; neither papermill nor snakemake.
 set -u
 cd "$(dirname "$0")/.."
