@@ -51,6 +51,7 @@ for part in "${parts[@]}"; do
     timeout --kill-after=5 "$limit" "$python" -W ignore $command >"$folder/$label.txt" 2>"$folder/$label.err"
     code=$?
     figures=$(tail -n 1 "$folder/$label.txt")
+    [ "$label" = tests ] && figures=$(echo "$figures" | sed -E 's/ in .*//; s/,//g; s/([0-9]+) ([a-z]+)/\2=\1/g')
     if [ "$code" = 0 ]; then
         rm "$folder/$label.err"
     else

@@ -212,7 +212,7 @@ class _Traced(str):
     the rendering is refused. In another case (`lower()`) it answers in that case, and is refused if it is written.
 
     The contents "Hi" and "Yo" are places 0 to 3, so the template is given the messages as the code points
-    U+20000 U+20001 and U+20002 U+20003. It writes "<u> " + the first one stripped: "<u> " U+20000 U+20001, and read back
+    U+20000 U+20001 and U+20002 U+20003. It writes "<u> " and the first one stripped: "<u> " U+20000 U+20001; read back,
     that is "<u> Hi" with the origins -1 -1 -1 -1 0 1.
     """
 
