@@ -65,7 +65,7 @@ def kill_at(monkeypatch, step):
         if state.global_step == step:
             raise Killed
 
-    monkeypatch.setattr(finetune_module._Progress, "on_step_end", on_step_end)
+    monkeypatch.setattr(finetune_module.Progress, "on_step_end", on_step_end)
 
 
 def test_fresh_adapter_leaves_logits_unchanged(model_folder, tokenizer):
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
 def steps_of(monkeypatch):
     steps = []
     monkeypatch.setattr(
-        finetune_module._Progress,
+        finetune_module.Progress,
         "on_step_end",
         lambda self, args, state, control, **rest: steps.append(state.global_step),
     )

@@ -16,7 +16,8 @@ from ctxlib.finetune.labels import (
     training_examples,
     training_order,
 )
-from ctxlib.finetune.training import finetune, is_main_process, make_trainer, train
+from ctxlib.finetune.trainer import make_trainer, train
+from ctxlib.finetune.training import finetune, is_main_process
 
 __all__ = [
     "BATCHES_GROUPED",

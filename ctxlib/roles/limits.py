@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-SECONDS = 5.0  # a template of the hub takes less than a millisecond a message
+SECONDS = 5.0  # of the thread's own processor time; a template of the hub takes less than a millisecond a message
 CHARACTERS = 2**22  # of one text that a template puts together: four times what a conversation may hold
 
 
@@ -85,7 +85,7 @@ class _Watchdog:
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
-        self.deadlines: dict[int, tuple[Callable[[], float], float]] = {}  # a clock, and when it is over by that clock
+        self.deadlines: dict[int, tuple[Callable[[], float], float]] = {}  # by thread: its clock, and its end
         self.fired: set[int] = set()
         self.running = False
 
@@ -108,7 +108,7 @@ class _Watchdog:
         while True:
             with self.lock:
                 for thread, (clock, deadline) in self.deadlines.items():
-                    if clock() > deadline and thread not in self.fired:
+                    if thread not in self.fired and clock() > deadline:
                         self.fired.add(thread)
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(
                             ctypes.c_ulong(thread), ctypes.py_object(TemplateLimit)
@@ -117,7 +117,7 @@ class _Watchdog:
 
 
 def _clock(thread: int) -> Callable[[], float]:
-    """The processor time of a thread, so that a busy machine refuses no template; elapsed time if there is no such."""
+    """The processor time of a thread, so that a busy machine refuses no template; elsewhere than on Unix, any clock."""
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.monotonic
     return functools.partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
