@@ -156,7 +156,7 @@ class _Asking:
         asked = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
         self.accepted = {name: value for name, value in asked.items() if value is not None}
 
-    def complete(self, messages: list[dict[str, str]]) -> tuple[Any, dict[str, float]]:
+    def complete(self, messages: list[dict[str, str]]) -> tuple[Any, dict[str, int | float]]:
         """A completion and the parameters that it was requested with; raises the errors of `openai`."""
         import openai
 
@@ -174,7 +174,7 @@ class _Asking:
         return self.client.chat.completions.create(model=self.judge.model, messages=messages, **asked), asked
 
 
-def _respelled(asked: dict[str, float], refusal: str) -> dict[str, float] | None:
+def _respelled(asked: dict[str, int | float], refusal: str) -> dict[str, int | float] | None:
     """Other parameters to try after a refusal that names one of them."""
     if "temperature" in asked and "temperature" in refusal:
         return {name: value for name, value in asked.items() if name != "temperature"}
@@ -240,12 +240,12 @@ class _Judgements:
         problem = NO_RATING if math.isnan(rating) else ""
         return rating, problem, len(judgement["texts"]), *(math.nan if n is None else float(n) for n in tokens)
 
-    def asked(self, keys: Iterable[str]) -> list[dict[str, float]]:
+    def asked(self, keys: Iterable[str]) -> list[dict[str, int | float]]:
         """The different parameters with which these judgements were requested, as far as they are recorded."""
         found = {json.dumps(self.known[key].get("asked"), sort_keys=True) for key in keys if key in self.known}
         return [json.loads(one) for one in sorted(found - {"null"})]
 
-    def add(self, key: str, texts: list[str], *tokens: float, asked: dict[str, float]) -> None:
+    def add(self, key: str, texts: list[str], *tokens: float, asked: dict[str, int | float]) -> None:
         counts = [None if math.isnan(n) else int(n) for n in tokens]
         judgement = {"key": key, "texts": texts, "prompt_tokens": counts[0], "completion_tokens": counts[1]}
         judgement |= {"asked": asked}
