@@ -40,6 +40,9 @@ from safetensors.torch import load_file, save_file
 
 from ctxlib.commands import cli
 
+# peft 0.21 asks transformers 5.23 for a name that the latter is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCT = ROOT / "ctxlib" / "miniature" / "models" / "instruct"
 CHAT = [

@@ -284,7 +284,7 @@ def test_where_memory_runs_out_the_settings_are_named_and_checkpointing_goes_on(
         finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments)
     (work_dir,) = tmp_path.glob("out.training-*")
     settings = ("gradient_checkpointing to true", "batch_size down", "gradient_accumulation up", "max_length down")
-    assert all(f"{name}" in str(told.value) for name in (*settings, f"what is finished lies in {work_dir}"))
+    assert all(f"{name}" in str(told.value) for name in (*settings, f"finished work is kept in {work_dir}"))
     steps = steps_of(monkeypatch)
     finetune(model_folder, tokenizer, conversations, out_dir=tmp_path / "out", **arguments, gradient_checkpointing=True)
     assert steps == [3, 4] and adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")

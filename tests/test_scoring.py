@@ -490,7 +490,7 @@ def test_an_error_of_an_encoder_ends_the_scoring(threads):
         raise InputError(f"cannot read {letter}")
 
     with pytest.raises(InputError, match="cannot read a"):
-        list(encoded_ahead([Letters("ab")], fails, threads))
+        list(encoded_ahead(iter([Letters("ab")]), fails, threads))
 
 
 def test_threads_that_encode_ahead_change_no_score(model, tokenizer, corpus, monkeypatch):

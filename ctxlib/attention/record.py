@@ -121,7 +121,7 @@ def route(model: nn.Module, n_groups: int = len(ROLES)) -> str:
     """
     model = unwrapped(model)
     config, half = model.config.get_text_config(), model.dtype in (torch.float16, torch.bfloat16)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     dtype = str(model.dtype).removeprefix("torch.")
     if n_groups > head:
         return f"beside the model's attention, in float32: {n_groups} groups are more than the {head} columns of a head"

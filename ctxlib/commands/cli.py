@@ -318,7 +318,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader has left, as in `ctxlib … | head`
         _discard_output()
         status = 128 + 13  # as a shell reports SIGPIPE
-    except OSError as error:
+    except (OSError, ImportError) as error:
+        if "Too many open files" in str(error):
+            print("too many open files: raise the limit, for instance to 1024: ulimit -n 1024", file=sys.stderr)
+            raise SystemExit(2) from None
+        if isinstance(error, ImportError):
+            raise
         is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.filename is None and not is_full:
             raise

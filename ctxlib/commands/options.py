@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import yaml
 from cyclopts import CycloptsError, Group, Parameter
-from pydantic import ConfigDict, ValidationError, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model, field_validator
 
 from ctxlib.params import RENAMED_VALUES, InputError, Section
 
@@ -56,7 +56,7 @@ def one_line(error: CycloptsError | ValidationError) -> str:
     return f"{option} {problem['input']}: {what[:1].lower()}{what[1:]}" if option else what
 
 
-def values(*sections: Section | None) -> dict[str, Any]:
+def values(*sections: BaseModel | None) -> dict[str, Any]:
     """Values by name of several sections; a section of which no option was given is None."""
     return {name: value for section in sections if section for name, value in section.model_dump().items()}
 

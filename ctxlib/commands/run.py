@@ -94,8 +94,9 @@ def run_notebook(
         if running.exists():
             running.replace(failed)
         _remove_empty(params.output_dir, made)
-        if isinstance(error, DeadKernelError):
-            raise NotebookError(f"{notebook}: {_death()}; see {failed}") from None
+        if isinstance(error, DeadKernelError) or re.search("Kernel died|Too many open files", str(error)):
+            seen = f"; see {failed}" if failed.exists() else ""
+            raise NotebookError(f"{notebook}: {_death()}{seen}") from None
         raise
     running.unlink()
     executed.metadata.papermill |= {"input_path": short_path(params, notebook), "output_path": out_path.name}

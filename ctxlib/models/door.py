@@ -144,6 +144,9 @@ def load_tokenizer(
     _check_fits(tokenizer, path, revision)
     if tokenizer.pad_token is None:
         raise InputError(f"{path}: the tokenizer has no pad, unk or eos token; give it one")
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        kind = type(tokenizer.chat_template).__name__
+        raise InputError(f"{path}: tokenizer_config.json: chat_template: expected a text, got {kind}; correct it")
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
         require_chat_template(tokenizer)

@@ -48,6 +48,11 @@ def encode(
     of_this_text = (guard, control, len(tokenizer))
     encoder = _once(tokenizer, of_this_text, lambda: _encoder(tokenizer, guard, control))
 
+    # Control tokens are replaced by secret names, only where the template wrote them (G, H: the guards around a name):
+    #   text    < s > H i < / s > < / s >      the user wrote "Hi</s>", the template the rest
+    #   origin  - - - 0 1 2 3 4 5 - - - -
+    #   named   G 0 H H i < / s > G 1 H        only the second </s> is one token; the first one is plain text
+    # What the twin does not recognise as a token (a name inside a word, say) goes back to plain text: hence the loop.
     found = [
         match for start, stop in runs if origin[start] < 0 for match in encoder.control.finditer(text, start, stop)
     ]

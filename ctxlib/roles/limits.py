@@ -78,7 +78,7 @@ def _joined(pieces: Iterable[str]) -> str:
 
 
 class _Watchdog:
-    """Raises TemplateLimit in a thread that is still in its `time_limit` block after the deadline.
+    """Raises TemplateLimit in a thread that has used up the processor time of its `time_limit` block.
 
     A thread that only waits while nothing is rendered. Signals would do for the main thread alone.
     """
@@ -128,7 +128,7 @@ _watchdog = _Watchdog()
 
 @contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises TemplateLimit in the block when it takes longer; not to be nested in one thread."""
+    """Raises TemplateLimit in the block when it takes more processor time; not to be nested in one thread."""
     thread = threading.get_ident()
     _watchdog.enter(thread, seconds)
     try:

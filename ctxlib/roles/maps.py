@@ -264,6 +264,10 @@ def _join(
 
 
 def _insert_indicator(rendering: Rendering, contents: Contents, mark: str) -> Rendering:
+    # A mark goes behind the last character of its message that the template shows, wherever the template puts the
+    # message. The text is cut at these ends and joined by the mark; the marks' characters get the origin -1:
+    #   text    < u > H i \n      ends [0, 5, 6]        < u > H i [ ] \n
+    #   origin  - - - 0 1 -       cut at 5, mark "[]"   - - - 0 1 - - -
     users = [n for n, message in enumerate(contents.messages) if message.role == "user"]
     shown = np.searchsorted(contents.starts, rendering.origin, side="right") - 1  # the message of each character, or -1
     places = []

@@ -210,6 +210,10 @@ class _Traced(str):
     What a template cuts out of it or joins to it is traced as well. A method that is not listed here works on the
     private code points: what it yields still names its origin, and where that differs from what the plain text yields,
     the rendering is refused. In another case (`lower()`) it answers in that case, and is refused if it is written.
+
+    The contents "Hi" and "Yo" are places 0 to 3, so the template is given the messages as the code points
+    U+20000 U+20001 and U+20002 U+20003. It writes "<u> " and the first one stripped: "<u> " U+20000 U+20001; read back,
+    that is "<u> Hi" with the origins -1 -1 -1 -1 0 1.
     """
 
     def __new__(cls, raw: str, plain: str | None = None):

@@ -74,8 +74,8 @@ def score_corpus(
     variants; the official script scores what is left of it, and drops some whole answers. That changes which turns have
     a score, not the scores themselves.
 
-    Of a corpus that is streamed (`open_conversations`) one part is in memory, with a set of ids and the scores. A
-    conversation longer than `max_length` is scored as far as it fits; its other turns are skipped.
+    Of a corpus that is streamed (`open_conversations`) one part is in memory (on a GPU two), with a set of ids and the
+    scores. A conversation longer than `max_length` is scored as far as it fits; its other turns are skipped.
 
     settings: the section `scoring` of the parameters, of which `variant`, `head_reduction` and `token_budget` are used.
         The budget is the number of tokens in one batch, padding included; a longer conversation makes a batch of its
@@ -169,7 +169,7 @@ class _Part:
         self.conversations, self.file, self.frame = conversations, file, _finished_part(file)
 
     @property
-    def toencode_conversation(self) -> Sequence[Conversation]:
+    def to_encode(self) -> Sequence[Conversation]:
         return self.conversations if self.frame is None else ()
 
 

@@ -161,7 +161,9 @@ def _forward(
     rows: str | None = None,
 ) -> tuple[Float[Tensor, "token vocab"], Float[Tensor, "layer batch head row role"] | None]:
     """Logits of all tokens, padding left out, and the shares of attention of the `rows` that are to be recorded."""
-    recorder = record_allocation(model, batch.roles, rows=rows, layers=layers) if rows else nullcontext()
+    recorder = (
+        record_allocation(model, batch.roles, rows=rows, layers=layers, precision="exact") if rows else nullcontext()
+    )
     with steering or nullcontext(), recorder as recording:
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return logits[batch.roles >= 0].float(), recording.allocation if rows else None
