@@ -204,8 +204,12 @@ def _parsed(line: bytes) -> Any:
 
 
 def reads_by_row(path: Path) -> bool:
-    """Whether a file is read row by row, never as a whole."""
-    return _kind(path) == ".parquet" or (_READERS.get(_kind(path)) is _jsonl_rows and not _is_one_list(path))
+    """Whether a file is read row by row, never as a whole; False also for one that cannot be read."""
+    try:
+        check_is_itself(path)
+        return _kind(path) == ".parquet" or (_READERS.get(_kind(path)) is _jsonl_rows and not _is_one_list(path))
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
