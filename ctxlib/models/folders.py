@@ -72,7 +72,7 @@ def _adapter_config(adapter: str | Path) -> dict[str, Any]:
     config = read_json_object(file)
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise InputError(f"{file}: not the configuration of an adapter: it names no base_model_name_or_path")
-    if (kind := config.get("peft_type")) != "LORA":
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise InputError(f"{file}: peft_type {kind}: only LoRA adapters are read; merge it into its base model first")
     return config
 
