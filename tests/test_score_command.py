@@ -28,7 +28,8 @@ from transformers import (
 from ctxlib import scoring
 from ctxlib.commands import cli
 from ctxlib.commands import score as score_folder
-from ctxlib.commands.score import Settings, mark_data, parse_layers, parse_share, prepare, read_scores
+from ctxlib.commands.mark import mark_data, read_scores
+from ctxlib.commands.score import Settings, parse_layers, parse_share, prepare
 from ctxlib.conversations import load_conversations
 from ctxlib.files import file_digest
 from ctxlib.miniature import MODELS

@@ -232,7 +232,7 @@ def mark(
     The output is in the messages format: an answer carries its `score`, a marked user message `indicated: true`. The
     data must be identical, byte by byte, to those that were scored.
     """
-    from ctxlib.commands.score import mark_data
+    from ctxlib.commands.mark import mark_data
 
     marked = mark_data(scores, out, threshold=threshold, fraction=fraction, layer=layer, variant=variant, data=data)
     print(marked.summary())

@@ -1,13 +1,11 @@
 """A folder of scores: computed from conversations, resumed when interrupted, read back, and used to mark the data.
 
     prepare(Settings(model="./model", data="chats.jsonl")).score("scores")
-    mark_data("scores", "marked.jsonl", threshold=0.6)
 
 The folder holds `scores.parquet` (the frame of `score_corpus`), `scores.json` (the manifest, written last),
 `dropped_rows.csv`, and `parts/`, from which an interrupted run resumes and which can be deleted afterwards.
 """
 
-import json
 import math
 import platform
 import re
@@ -24,13 +22,12 @@ from pydantic import Strict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.commands.settings import ScoredRows, ScoreRun
-from ctxlib.conversations import Corpus, data_files, open_conversations, save_conversations
+from ctxlib.conversations import Corpus, data_files, open_conversations
 from ctxlib.files import check_writable, digest, file_digest, folder_for_now, write
-from ctxlib.indicator import mark, threshold_for_fraction, turn_table
 from ctxlib.miniature import model_source
 from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
-from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, Variant, expanded, locate, nowhere
+from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, expanded, locate
 from ctxlib.results import to_json
 from ctxlib.roles import role_map
 from ctxlib.scoring import (
@@ -228,23 +225,6 @@ class Prepared:
 _HOW = ("layers", "variant", "head_reduction", "max_length", "conversations_per_part")
 
 
-@dataclass(frozen=True)
-class Marked:
-    """Marked conversations, and the layer, threshold and variant that they were marked by."""
-
-    corpus: Corpus
-    layer: int
-    threshold: float
-    variant: Variant
-
-    def summary(self) -> str:
-        turns = turn_table(self.corpus)
-        return (
-            f"marked {int(turns['indicated'].sum()):,} of {len(turns):,} turns (score at layer {self.layer} over "
-            f"{self.threshold:.6g}); without a score, so unmarked: {int(turns['score'].isna().sum()):,}"
-        )
-
-
 def prepare(settings: Settings) -> Prepared:
     """Checks everything that can be checked without the weights; completes layers, max_length and format.
 
@@ -272,7 +252,7 @@ def prepare(settings: Settings) -> Prepared:
         depth=depth,
         tokenizer=tokenizer,
         corpus=corpus,
-        files=_file_digests(settings.data),
+        files=data_digests(settings.data),
     )
     _check_template(tokenizer, corpus)
     if not prepared.n_turns:
@@ -323,77 +303,7 @@ def parse_layers(texts: list[str] | None) -> tuple[int, ...] | Literal["all"] | 
     return tuple(int(text) for text in texts)
 
 
-def read_scores(folder: str | Path) -> tuple[pd.DataFrame, Settings, dict[str, Any]]:
-    """Scores, their settings and the whole manifest of a folder.
-
-    Raises InputError if they are missing, unreadable or do not belong together.
-    """
-    folder = expanded(folder)
-    again = f"run 'ctxlib score … --out {folder}' (again)"
-    if not (folder / "scores.json").is_file() or not (folder / "scores.parquet").is_file():
-        raise InputError(f"{folder}: no complete scores (scores.json and scores.parquet); {again}")
-    try:
-        manifest = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        settings, scores_sha256 = Settings(**manifest["settings"]), manifest["scores_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'scores.json'}: not a manifest of scores; {again}") from error
-    if file_digest(folder / "scores.parquet") != scores_sha256:
-        raise InputError(f"{folder}: scores.parquet is not the file that scores.json describes; {again}")
-    return pd.read_parquet(folder / "scores.parquet"), settings, manifest
-
-
-def mark_data(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    threshold: float | None = None,
-    fraction: float | None = None,
-    layer: int | None = None,
-    variant: Variant | None = None,
-    data: str | None = None,
-) -> Marked:
-    """Writes the data of a folder of scores to `out` (.jsonl, .json, .parquet), marked if a score is over threshold.
-
-    threshold: in [0, 1]; or fraction: the top share of scored turns, in [0, 1]. One of the two.
-    layer: may be left out if only one was scored. variant: of `indicator.mark`; by default that of the scores.
-    data: where the data are now, if they were moved; they must be the same, byte by byte.
-
-    Raises InputError as `read_scores`, `load_conversations`, `mark` and `save_conversations` do, for data that are not
-    those scored, and for an `out` that would overwrite the scores or the data.
-    """
-    scores, settings, manifest = read_scores(folder)
-    if (threshold is None) == (fraction is None):
-        raise InputError("give a threshold or a fraction, one of the two")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"threshold {threshold}: scores lie between 0 and 1, give a number there")
-    if layer is None and len(settings.layers) > 1:
-        raise InputError(f"{folder}: layers {', '.join(map(str, settings.layers))} were scored; name one (layer)")
-    layer = settings.layers[0] if layer is None else layer
-    if layer not in settings.layers:
-        raise InputError(f"{folder}: layer {layer} was not scored; there is {', '.join(map(str, settings.layers))}")
-    if fraction is not None:
-        threshold = threshold_for_fraction(scores, fraction, layer=layer)
-    settings = settings.changed(data=data or settings.data)
-    place = locate(settings.data)
-    if place == "nowhere":
-        remedy = f"{folder} holds the scores of these data: give their new place (data)"
-        raise InputError(nowhere(settings.data, remedy))
-    changed = f"{settings.data}: not the data that {folder} holds scores of; bring these back, or score the new data"
-    if sorted(_file_digests(settings.data).values()) != sorted(manifest["data_sha256"].values()):
-        raise InputError(changed)
-    sources = [] if place == "hub" else data_files(settings.data)
-    if expanded(out).resolve() in [path.resolve() for path in (expanded(folder) / "scores.parquet", *sources)]:
-        raise InputError(f"{out}: the marks are made from this file; choose another name")
-    corpus = settings.load_data()
-    if corpus_hash(corpus) != manifest["identity"]["conversations"]:
-        raise InputError(changed)
-    variant = variant or settings.variant
-    marked = mark(corpus, scores, threshold, layer=layer, variant=variant)
-    save_conversations(marked, out)
-    return Marked(marked, layer, threshold, variant)
-
-
-def _file_digests(source: str) -> dict[str, str]:
+def data_digests(source: str) -> dict[str, str]:
     """sha256 of every data file by name; none for a dataset on the hub, which is compared by its conversations."""
     if locate(source) == "hub":
         return {}
