@@ -76,7 +76,8 @@ def auc_by(
         (*key, "auc", *auc(part[truth], part[score]), len(part))
         for key, part in _groups_of_both_classes(frame, by, truth)
     ]
-    return pd.DataFrame(rows, columns=[*column_names(by), "metric", "value", "ci_low", "ci_high", "n"])
+    frame = pd.DataFrame(rows, columns=[*column_names(by), "metric", "value", "ci_low", "ci_high", "n"])
+    return frame.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))  # numbers, also if there are no rows
 
 
 def separation(

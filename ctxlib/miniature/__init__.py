@@ -13,7 +13,7 @@ def model_source(name: str) -> str:
 
     Raises InputError for a model that the miniature does not have.
     """
-    if locate(name) != "embedded":
+    if locate(name) != "embedded" or ":" not in name:
         return name
     embedded = {folder.parent.name: folder.parent for folder in sorted(MODELS.glob("*/config.json"))}
     try:
