@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -179,7 +180,8 @@ def gather_claims(params: Params) -> list[Path]:
 
 def _to_read(claims: pd.DataFrame) -> pd.DataFrame:
     """The claims with two digits, and the value beside its interval; all digits are in claims.csv."""
-    numbers = claims.astype(dict.fromkeys(("value", "ci_low", "ci_high", "threshold"), float))
+    measured = ["value", "ci_low", "ci_high", "threshold"]
+    numbers = claims[measured].replace("", np.nan).astype(float)
     interval = [in_words(row) for row in numbers.itertuples()]
     return pd.DataFrame(
         {
