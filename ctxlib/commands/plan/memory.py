@@ -8,6 +8,7 @@ from ctxlib.commands.network import BYTES, Network
 from ctxlib.commands.plan.texts import Texts
 from ctxlib.commands.sources import Source
 from ctxlib.finetune import LORA_TARGETS
+from ctxlib.finetune.loss import CHUNK_ELEMENTS
 from ctxlib.params import TRAINED_MODELS, Params
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -48,7 +49,7 @@ def footprints(params: Params, models: Mapping[str, Source], texts: Mapping[str,
         rank=tuning.lora_rank,
         dropout=tuning.lora_dropout,
         checkpointing=tuning.gradient_checkpointing is not False,
-        packing=tuning.packing,
+        packing=tuning.packing is not False,
     )
     compared = {"weights": 2 * loaded["pretrained"] + tuned, "adapter": adapter}
     compared |= {"activations": 3 * 4 * pretrained.vocabulary * pretrained.width}
@@ -92,7 +93,8 @@ def training_memory(
     bfloat16, LoRA's dropout masks), for one layer and the inputs of all with `checkpointing`, else for all layers; the
     gradients passing through a layer; the mask, 3 bytes per pair of positions (if packed, all pairs of the row); and
     copies of weights (full: autocast's bfloat16; LoRA: embeddings with the indicator's row, and one gradient).
-    `logits`: 14 bytes each: 2 in bfloat16, and float32 for the loss, the output and the log-softmax.
+    `logits`: 14 bytes each: 2 in bfloat16, and float32 for the loss, the output and the log-softmax; at most as many
+    as `chunked_loss` holds at a time.
     """
     tokens, full = batch_size * length, method == "full"
     rows = network.embeddings * network.width  # the indicator's
@@ -113,7 +115,7 @@ def training_memory(
         "gradients": 4 * trained,
         "optimiser": 8 * trained,
         "activations": int(tokens * (layers + passing)) + 3 * pairs + copies,
-        "logits": 14 * tokens * network.vocabulary,
+        "logits": 14 * min(tokens * network.vocabulary, CHUNK_ELEMENTS),
     }
 
 

@@ -37,9 +37,9 @@ def steps(params: Params, texts: Mapping[str, Texts], times: Mapping[str, float]
     A packed batch attends to its whole row behind a mask, twice what causal attention computes.
     """
     section, chats = params.finetune, texts["conversations"]
-    effective = section.batch_size * section.gradient_accumulation
-    trained = section.steps * effective if section.steps else chats.n * section.epochs
-    packed = 2 * section.batch_size * chats.length if section.packing and section.batch_size > 1 else None
+    trained = section.examples(chats.n)
+    packs = section.packing is not False and section.batch_size > 1  # null: on a GPU, which is planned for
+    packed = 2 * section.batch_size * chats.length if packs else None
     padded = padding(section, chats.lengths)
     found = [Step("scoring", "conversations", times.get("conversations", 1) * chats.n, chats.length)]
     found += [Step("training", name, trained, chats.length, padding=padded, attended=packed) for name in TRAINED_MODELS]
@@ -82,7 +82,7 @@ def padding(section: Finetune, lengths: Sequence[int]) -> float:
 
     Uses the order in which `finetune` takes conversations, drawn from a sample of `lengths`; 1 if none is known.
     """
-    if section.packing or section.batch_size == 1 or not lengths:
+    if section.packing is not False or section.batch_size == 1 or not lengths:
         return 1.0
     effective = section.batch_size * section.gradient_accumulation
     n = 4 * BATCHES_GROUPED * effective
