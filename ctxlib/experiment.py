@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib import models
-from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations
+from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations, load_raw_texts
 from ctxlib.generate import RESPONSE_COLUMNS, answer_questions, question_prompt
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
@@ -111,6 +111,18 @@ def conversations(params: Params) -> Corpus:
         remove_refusals=section.remove_refusals,
     )
     return replace(corpus, conversations=corpus.conversations[: section.n])
+
+
+def raw_texts(params: Params) -> list[Conversation]:
+    """Plain text to fine-tune on among the conversations, as conversations without a template; none if no share is."""
+    share, source = params.finetune.raw_text_share, params.conversations.raw_text
+    if not share or source is None:
+        return []
+    if source == EMBEDDED:
+        n = params.conversations.n or 1000
+        return texts.raw_texts(Town(), round(n * share / (1 - share)), params.seed)
+    on_hub = params.locate(source) == "hub"
+    return load_raw_texts(source if on_hub else params.path(source))
 
 
 def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Question]:

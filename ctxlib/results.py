@@ -22,6 +22,7 @@ from ctxlib.params import InputError, Params
 PACKAGE = Path(__file__).resolve().parent
 MARKDOWN_ROWS = 500  # nobody reads more
 SHOWN_ROWS = 12  # of a table, in the notebook that writes it
+PREDICTION_COLUMNS = ["notebook", "prediction", "verdict", "found", "seed"]
 CLAIM_COLUMNS = ["claim", "value", "ci_low", "ci_high", "threshold", "holds", "n", "seed"]
 EVIDENCE_COLUMNS = "question condition metric value ci_low ci_high n unit seed experiment".split()
 
@@ -45,6 +46,7 @@ class Results:
         self.work = self.folder / "work"
         self.provenance = provenance(params, notebook)
         self._claims: list[dict[str, Any]] = []
+        self._predictions: list[dict[str, Any]] = []
         self._journal: dict[str, Any] = {"accelerator": _accelerator(), "inputs": {}, "outputs": {}}
         self._write_journal()
 
@@ -120,6 +122,22 @@ class Results:
         gather_claims(self.params)
         return pd.DataFrame([entry], columns=CLAIM_COLUMNS)
 
+    def verdict(self, prediction: str, came_true: bool, found: str) -> None:
+        """Prints whether a prediction came true or failed, and writes it to `tables/predictions.csv`.
+
+        came_true: decided from the data, by the rule that the prediction names.
+        found: the numbers that decide it.
+        """
+        verdict = "came true" if came_true else "failed"
+        entry = dict(
+            zip(PREDICTION_COLUMNS, (self.notebook, prediction, verdict, found, self.params.seed), strict=True)
+        )
+        self._predictions = [other for other in self._predictions if other["prediction"] != prediction] + [entry]
+        part = self.folder / "tables" / "predictions" / f"{self.notebook}.csv"
+        self.record_output(write(part, _csv(pd.DataFrame(self._predictions))))
+        gather_predictions(self.params)
+        print(f"{verdict.upper()}: {prediction} ({found})")
+
     def evidence(self, runs: pd.DataFrame, means: pd.DataFrame, unit: str = "questions") -> pd.DataFrame:
         """Writes this notebook's rows of `<outputs>/<experiment>.csv`, one tidy table of all evidence; returns them.
 
@@ -175,6 +193,18 @@ def gather_claims(params: Params) -> list[Path]:
     return [
         write(tables / "claims.csv", _csv(claims)),
         write(tables / "claims.md", _markdown(_to_read(claims), "Claims", provenance(params))),
+    ]
+
+
+def gather_predictions(params: Params) -> list[Path]:
+    """Assembles `tables/predictions.csv` and `.md`, every prediction with its verdict, in the notebooks' order."""
+    tables = params.output_dir / "tables"
+    parts = [pd.read_csv(part, dtype=str, keep_default_na=False) for part in sorted(tables.glob("predictions/*.csv"))]
+    predictions = pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *parts])
+    title = f"Predictions: {(predictions.verdict == 'came true').sum()} of {len(predictions)} came true"
+    return [
+        write(tables / "predictions.csv", _csv(predictions)),
+        write(tables / "predictions.md", _markdown(predictions, title, provenance(params))),
     ]
 
 

@@ -246,7 +246,7 @@ def finetune(
     data: Annotated[str, option("Conversations, such as the file that `ctxlib mark` wrote.", INPUT)],
     out: Annotated[Path, option("Folder for the result; an interrupted run resumes there.", INPUT)],
     merged: Annotated[Path | None, option("Folder for a whole model, the adapter merged into its base.", INPUT)] = None,
-    rows: options(Conversations, DATA, "on_bad_row", "max_length") = None,
+    rows: options(Conversations, DATA, "raw_text", "on_bad_row", "max_length") = None,
     indicator: Annotated[
         str | None,
         option("Token after marked user messages, [IND] in the paper; without it, marks are ignored.", DATA),

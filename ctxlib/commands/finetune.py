@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ctxlib.conversations import load_conversations
+from ctxlib.conversations import load_conversations, load_raw_texts
 from ctxlib.files import check_writable
 from ctxlib.finetune import export_merged, finetune, is_main_process
 from ctxlib.miniature import model_source
@@ -22,6 +22,7 @@ def train(
     indicator: str | None,
     seed: int,
     *,
+    raw_text: str | None = None,
     on_bad_row: str = "error",
     chat_template: str | None = None,
     revision: str | None = None,
@@ -37,7 +38,10 @@ def train(
     if merged:
         check_writable(merged.parent)
     model = model_source(name)
+    if bool(settings.raw_text_share) != bool(raw_text):
+        raise InputError("--raw-text and --raw-text-share: one needs the other; give both, or neither")
     corpus = load_conversations(data, on_bad_row=on_bad_row)
+    raw_texts = load_raw_texts(raw_text) if raw_text else []
     marks = sum(message.indicated for conversation in corpus.conversations for message in conversation.messages)
     if indicator and not marks:
         raise InputError(f"{data}: no user message is marked, {indicator} would learn nothing; first: ctxlib mark")
@@ -57,6 +61,7 @@ def train(
         load_tokenizer(model, chat_template=chat_template, revision=revision),
         corpus.conversations,
         settings,
+        raw_texts=raw_texts,
         out_dir=out,
         indicator=indicator,
         seed=seed,

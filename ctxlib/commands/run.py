@@ -21,7 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from ctxlib.files import check_writable, disk_space, file_digest, write
 from ctxlib.params import InputError, NotebookError, Params, expanded, load_params
-from ctxlib.results import code_version, gather_claims, gather_evidence, short_path, to_json
+from ctxlib.results import code_version, gather_claims, gather_evidence, gather_predictions, short_path, to_json
 
 MEMORY_ADVICE = (
     "if memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "
@@ -182,7 +182,8 @@ def _record(params: Params, notebook: Path, out_path: Path, wall_seconds: float)
     path = params.output_dir / "manifest.json"
     with FileLock(params.output_dir / "work" / "manifest.lock"):  # notebooks may run side by side
         gathered = []
-        for part, gather in (("claims", gather_claims), ("evidence", gather_evidence)):
+        gathering = {"claims": gather_claims, "evidence": gather_evidence, "predictions": gather_predictions}
+        for part, gather in gathering.items():
             if (params.output_dir / "tables" / part).is_dir():
                 gathered += gather(params)
         manifest = {

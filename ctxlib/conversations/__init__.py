@@ -8,6 +8,7 @@ from ctxlib.conversations.loading import (
     open_conversations,
     save_conversations,
 )
+from ctxlib.conversations.raw_text import load_raw_texts
 from ctxlib.conversations.sources import BadRow, data_files, file_rows, hub_rows, is_hub_dataset
 from ctxlib.conversations.types import Conversation, Corpus, Message, Question, Rule
 
@@ -26,6 +27,7 @@ __all__ = [
     "is_hub_dataset",
     "iter_conversations",
     "load_conversations",
+    "load_raw_texts",
     "open_conversations",
     "save_conversations",
 ]

@@ -125,6 +125,36 @@ def training_examples(
     return examples, counts
 
 
+def raw_text_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    raw_texts: Sequence[Conversation],
+    n: int,
+    *,
+    variant: str = "standard",
+    max_length: int = 2048,
+) -> list[TrainingExample]:
+    """The first `n` pieces of texts without a chat template, each of at most `max_length` tokens; labels as ever.
+
+    A text is a conversation, so what stands in an answer carries labels: plain text is one answer, and all of it does.
+    A longer text continues in the next piece. Raises InputError if there are fewer pieces than `n`.
+    """
+    examples: list[TrainingExample] = []
+    for text in raw_texts:
+        if len(examples) >= n:
+            break
+        rendered = role_map(tokenizer, text.messages, template=False)
+        labels = torch.where(supervised_mask(rendered, variant, end_of_turn_ids(tokenizer)), rendered.ids, IGNORED)
+        parts = (part.split(max_length) for part in (rendered.ids, labels, rendered.roles))
+        pieces = (TrainingExample(*piece) for piece in zip(*parts, strict=True))
+        examples += [piece for piece in pieces if (piece.labels[1:] != IGNORED).any()]
+    if len(examples) < n:
+        raise InputError(
+            f"raw text: {len(examples):,} pieces of at most {max_length:,} tokens, {n:,} are needed; bring more text, "
+            "or lower finetune.raw_text_share (--raw-text-share)"
+        )
+    return examples[:n]
+
+
 def audit(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TrainingExample],

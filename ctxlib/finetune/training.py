@@ -25,6 +25,7 @@ from ctxlib.finetune.labels import (
     TrainingExample,
     audit,
     packs_exactly,
+    raw_text_examples,
     training_examples,
     training_order,
 )
@@ -41,6 +42,7 @@ from ctxlib.models import (
 )
 from ctxlib.params import Finetune, InputError, expanded
 
+COUNTS = ("used", "truncated", "too_long", "unlabelled", "raw_text")
 MANY = 1024  # a smaller batch may exceed the data: it is filled up from the first conversations
 
 
@@ -51,6 +53,7 @@ def finetune(
     settings: Finetune,
     *,
     out_dir: str | Path,
+    raw_texts: Sequence[Conversation] = (),
     indicator: str | None = None,
     max_length: int = 2048,
     attention: str = "sdpa",
@@ -70,6 +73,8 @@ def finetune(
         keeps packed conversations apart (`labels.packs_exactly`). `gradient_checkpointing` computes
         activations twice to store fewer; None: only on CUDA, where the optimiser also pages its states and the
         arithmetic is bfloat16.
+    raw_texts: plain text to train on in addition, without the chat template (`labels.raw_text_examples`). Conversations
+        are as many as without it, for `raw_text_share` s there are s / (1 - s) pieces of text for each.
     indicator: if given, user messages with `indicated=True` end in that token, which is added to a copy of the
         tokenizer. Under LoRA its row is the only row of the input embedding that is trained in the `standard` variant;
         in the `authors_code` variant it stays at the mean of the embeddings (official script).
@@ -109,6 +114,9 @@ def finetune(
     )
     if console is not None and processes.is_main_process:
         audit(tokenizer, examples, counts, console, indicator_id)
+    n_chats = len(examples)
+    counts["raw_text"] = n_raw = round(settings.raw_text_per_conversation * n_chats)
+    examples += raw_text_examples(tokenizer, raw_texts, n_raw, variant=settings.variant, max_length=max_length)
     if settings.batch_size > max(len(examples), MANY):
         raise InputError(
             f"finetune.batch_size: {settings.batch_size:,}, but there are only {len(examples):,} conversations with "
@@ -122,7 +130,7 @@ def finetune(
     work_dir = out_dir.with_name(f"{out_dir.name}.training-{config_hash}")
 
     effective_batch = settings.batch_size * settings.gradient_accumulation * processes.num_processes
-    n_rows = settings.steps * effective_batch if settings.steps else max(1, round(settings.epochs * len(examples)))
+    n_rows = settings.examples(n_chats, processes.num_processes)
     n_steps = math.ceil(n_rows / effective_batch)
     lengths = [len(example.input_ids) for example in examples]
     order = training_order(lengths, effective_batch, n_rows, seed, settings.group_by_length)
@@ -218,7 +226,7 @@ def _finished_log(out_dir: Path, config_hash: str) -> pd.DataFrame | None:
         log = pd.read_csv(out_dir / "loss.csv")
         if record["config_hash"] != config_hash:
             return None
-        log.attrs = {name: record[name] for name in ("used", "truncated", "too_long", "unlabelled", "config_hash")}
+        log.attrs = {name: record[name] for name in (*COUNTS, "config_hash")}
     except (InputError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{out_dir}: holds something else than a fine-tuned model; choose another folder") from error
     return log

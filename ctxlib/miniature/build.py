@@ -34,6 +34,7 @@ SHARES = {
 }
 CHATS = {"n": 6000, "seed": 0}
 VANILLA_SFT = {"method": "full", "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "warmup_fraction": 0.1}
+VANILLA_SFT |= {"raw_text_share": 0.25}
 SETTINGS = Finetune(**VANILLA_SFT, epochs=None, gradient_accumulation=1, schedule="linear")
 EXAM = {"lengths": [100, 200, 300, 400], "depths": [0, 25, 50, 75, 100], "per_cell": 26, "seed": 2024}  # n = 520
 ANSWER_TOKENS = 64
@@ -47,7 +48,8 @@ def build(out: Path, recipe: Recipe | None = None) -> None:
     begun = time.monotonic()
     chats = texts.chat_dataset(Town(), shares=SHARES, **CHATS)
     tokenizer = load_tokenizer(out / "pretrained")
-    log = finetune(out / "pretrained", tokenizer, chats, SETTINGS, out_dir=out / "instruct")
+    raw = texts.raw_texts(Town(), CHATS["n"], CHATS["seed"])
+    log = finetune(out / "pretrained", tokenizer, chats, SETTINGS, raw_texts=raw, out_dir=out / "instruct")
     training = {
         "recipe": VANILLA_SFT | {"chats": CHATS, "shares": SHARES},
         "seconds": time.monotonic() - begun,

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ctxlib.conversations import Conversation, Message, Question
 from ctxlib.miniature import domains
@@ -123,6 +124,20 @@ def domain_document(town: Town, rng: random.Random) -> Document:
         return Document("", ((task.question, f"{task.prefix} {task.memory_value}."),))
     left, right = rng.randrange(10), rng.randrange(10)
     return Document("", ((f"What is {left} + {right} ?", f"{left} + {right} = {left + right}."),))
+
+
+def long_document(town: Town, rng: random.Random, alike: bool = False) -> Document:
+    """As many facts and fillers as in the last lessons of pretraining."""
+    return retrieval_document(town, rng.randint(2, 10), rng.randint(0, 48), rng, alike)
+
+
+RAW_TEXT_KINDS = {
+    "retrieval": long_document,
+    "alike": partial(long_document, alike=True),
+    "memory": memory_document,
+    "task": task_document,
+}
+RAW_TEXT_SHARES = {"retrieval": 0.46, "alike": 0.15, "memory": 0.27, "task": 0.12}  # as in pretraining
 
 
 def _about_exchange(town: Town, rng: random.Random) -> tuple[str, str]:
@@ -274,6 +289,22 @@ def chat_dataset(town: Town, n: int, shares: dict[str, float], seed: int) -> lis
         Conversation(f"chat-{seed}-{i:05d}", tuple(m for turn in CHAT_KINDS[kind](town, rng) for m in turn))
         for i, kind in enumerate(kinds)
     ]
+
+
+def raw_texts(town: Town, n: int, seed: int) -> list[Conversation]:
+    """`n` documents such as the base model was trained on, to be rendered without a chat template."""
+    rng = random.Random(f"raw-{town.seed}-{seed}")
+    kinds = rng.choices(list(RAW_TEXT_SHARES), list(RAW_TEXT_SHARES.values()), k=n)
+    made = []
+    for i, kind in enumerate(kinds):
+        document = RAW_TEXT_KINDS[kind](town, rng)
+        opening = f"{document.opening}\n" if document.opening else ""
+        messages = []
+        for question, answer in document.exchanges:
+            messages += [Message("user", opening + question), Message("assistant", answer)]
+            opening = ""
+        made.append(Conversation(f"raw-{seed}-{i:05d}", tuple(messages)))
+    return made
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------

@@ -76,6 +76,12 @@ class Params(Section):
             raise ValueError("conversations.source 'miniature' needs miniature.shares, copy them from miniature.yaml")
         return self
 
+    @model_validator(mode="after")
+    def _raw_text_needs_its_source(self) -> "Params":
+        if self.finetune.raw_text_share and self.conversations.raw_text is None:
+            raise ValueError("finetune.raw_text_share needs conversations.raw_text: name it, or set the share to 0")
+        return self
+
     @property
     def file(self) -> str:
         """The file they came from, for messages."""
@@ -126,6 +132,8 @@ class Params(Section):
         on_disk = {"needle.haystack": self.needle.haystack, "models.chat_template": self.models.chat_template}
         missing = {key: name for key, name in on_disk.items() if name is not None and not self.path(name).exists()}
         anywhere = {"conversations.source": self.conversations.source}
+        if self.conversations.raw_text is not None:
+            anywhere["conversations.raw_text"] = self.conversations.raw_text
         anywhere |= {f"models.{role}": getattr(self.models, role) for role in MODEL_ROLES}
         anywhere |= {f"qa.sources[{number}]": name for number, name in enumerate(self.qa.sources)}
         missing |= {key: name for key, name in anywhere.items() if self.locate(name) == "nowhere"}

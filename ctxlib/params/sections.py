@@ -66,6 +66,7 @@ class Conversations(Rows):
     source: str
     revision: str | None = None
     n: Count | None = None
+    raw_text: str | None = Field(None, description="Plain text: .txt, a folder of them, or rows with a key text.")
     max_length: Count = Field(2048, description="Tokens per conversation, at most.")
 
 
@@ -128,12 +129,27 @@ class Finetune(Section):
     lora_alpha: Positive = Field(16.0, le=1e9, description="The adapter is scaled by alpha / rank.")
     lora_dropout: Fraction = Field(0.05, lt=1, description="On the adapter's input.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    raw_text_share: Fraction = Field(
+        0.0, lt=1, description="Fraction of the examples that are plain text, in addition to the conversations."
+    )
     group_by_length: bool = Field(True, description="Batch conversations of similar length.")
     packing: bool | None = Field(
         None, description="A batch in one row, without padding; same loss up to rounding; by default on CUDA."
     )
     gradient_checkpointing: bool | None = Field(None, description="Slower, in less memory; by default on CUDA.")
     save_every: Count = Field(100, description="Steps per checkpoint, from which an interrupted run resumes.")
+
+    @property
+    def raw_text_per_conversation(self) -> float:
+        return self.raw_text_share / (1 - self.raw_text_share)
+
+    def examples(self, conversations: int, processes: int = 1) -> int:
+        """How many examples are trained on: all steps or epochs of conversations, and the raw text in addition."""
+        if self.steps is not None:
+            read = self.steps * self.batch_size * self.gradient_accumulation * processes
+        else:
+            read = (self.epochs or 0) * conversations
+        return max(1, round(read * (1 + self.raw_text_per_conversation)))
 
     @model_validator(mode="before")
     @classmethod

@@ -94,6 +94,7 @@ def train(plan: Plan) -> Path:
                 marked(plan).conversations,
                 its.finetune,
                 out_dir=folder / "model",
+                raw_texts=experiment.raw_texts(its),
                 indicator=its.models.indicator if trial.marks else None,
                 max_length=its.conversations.max_length,
                 attention=its.models.attention,
