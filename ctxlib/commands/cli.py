@@ -304,6 +304,11 @@ def mt_bench(
     print(", ".join(f"{name.replace('_', ' ')} {value:,.10g}" for name, value in taken.items()))
 
 
+for _name in app:  # a paragraph of a docstring is one line, which the help then wraps at the terminal's width
+    if not _name.startswith("-"):
+        app[_name].help = "\n\n".join(" ".join(part.split()) for part in app[_name].help.split("\n\n"))
+
+
 def main() -> None:
     """Runs the command of the command line and exits with its status."""
     for stream in (sys.stdout, sys.stderr):
