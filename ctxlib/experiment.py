@@ -3,6 +3,7 @@
 The code downstream is the same for both.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib import models
+from ctxlib.allocation import attention_allocation
 from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations, load_raw_texts
 from ctxlib.generate import RESPONSE_COLUMNS, answer_questions, question_prompt
 from ctxlib.metrics import ANSWER_METRICS, score_answers
@@ -235,6 +237,46 @@ def ask(
     recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
     followed = scored.prompt_strict.fillna(scored.exact_match).where(scored.family == "instructions")
     return scored.assign(condition=condition, recalled=recalled, followed=followed.astype(float))
+
+
+def close_up(
+    params: Params, asked: Subject, question: Question, *, template: bool, indicator: str | None = None
+) -> dict:
+    """What a model does with one question that has a needle: what it says, what it could say, and where it looks.
+
+    `answer`: its free answer. `p_text`, `p_memory`: given the answer's first words, the probability that it continues
+    with the value in the text, and with the memorised one (NaN if there is none). `on_needle`: the largest share of
+    attention that a head pays the needle there, in [0, 1], and `head` ("layer.head"), which head that is.
+    """
+    told = ask(params, asked, [question], condition="", template=template, indicator=indicator, progress=False)
+    prompt = question_prompt(asked.tokenizer, question, template, indicator, use_prefix=True)
+
+    def probability(value: str | None) -> float:
+        if value is None:
+            return math.nan
+        said = replace(question, response_prefix=f"{question.response_prefix} {value}")
+        ids = question_prompt(asked.tokenizer, said, template, indicator, use_prefix=True).ids.to(asked.model.device)
+        with torch.inference_mode():
+            logits = asked.model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
+        of_value = logits.log_softmax(-1).gather(1, ids[1:, None])[len(prompt) - 1 :]
+        return of_value.sum().exp().item()
+
+    shares = attention_allocation(
+        asked.model,
+        [prompt],
+        batch_size=1,
+        pad_token_id=asked.tokenizer.pad_token_id,
+        groups=[needle.needle_groups(prompt, question)],
+    )
+    of_needle = shares[shares.role == "needle"]
+    best = of_needle.loc[of_needle.attention_allocation.idxmax()]
+    return {
+        "answer": told.answer.iloc[0],
+        "p_text": probability(" ".join(question.keywords)),
+        "p_memory": probability(question.memory_answer),
+        "on_needle": best.attention_allocation,
+        "head": f"{best.layer}.{best['head']}",
+    }
 
 
 def prompts(

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pytest
+import torch
 
 from ctxlib import experiment
 from ctxlib.conversations import Message, Question, Rule
@@ -174,3 +175,27 @@ def test_an_adapter_lies_over_the_weights_it_was_trained_on(
     assert asked.pop(str(folder))["quantisation"] == quantisation
     experiment.model(params, "pretrained")
     assert [how["quantisation"] for how in asked.values()] == [None]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_close_up_gives_the_probabilities_and_the_head_that_eager_attention_gives(needles, template):
+    """Oracle: one step at a time, with the attention matrices of transformers."""
+    params, (tokenizer, questions) = load_params(SMOKE), needles
+    question = next(one for one in questions if one.memory_answer)
+    subject = experiment.subject(params, "instruct")
+    seen = experiment.close_up(params, subject, question, template=template)
+
+    model = experiment.subject(load_params(SMOKE, {"models.attention": "eager"}), "instruct").model
+    at = experiment.prompts(tokenizer, [question], template=template, first_response_token="forced_prefix")[0]
+    for name, value in (("p_text", " ".join(question.keywords)), ("p_memory", question.memory_answer)):
+        ids, expected = at.ids[None], 1.0
+        for token in tokenizer(value, add_special_tokens=False)["input_ids"]:
+            expected *= model(ids).logits[0, -1].softmax(-1)[token].item()
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        assert seen[name] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    looked = model(at.ids[None], output_attentions=True).attentions
+    start = question.messages[0].content.index(question.answers[0])
+    inside = (at.chars[:, 1] > start) & (at.chars[:, 0] < start + len(question.answers[0]))
+    on_needle = torch.stack(looked)[:, 0, :, -1, inside & (at.roles == Role.USER)].sum(-1)
+    layer, head = divmod(on_needle.argmax().item(), on_needle.shape[1])
+    assert (seen["head"], seen["on_needle"]) == (f"{layer}.{head}", pytest.approx(on_needle.max().item(), abs=1e-5))
