@@ -116,15 +116,17 @@ def conversations(params: Params) -> Corpus:
 
 
 def raw_texts(params: Params) -> list[Conversation]:
-    """Plain text to fine-tune on among the conversations, as conversations without a template; none if no share is."""
-    share, source = params.finetune.raw_text_share, params.conversations.raw_text
-    if not share or source is None:
+    """Plain text to fine-tune on among the conversations, as conversations without a template; empty for none.
+
+    By default the town's, if the conversations are its; else none, so that `finetune.raw_text_share` has no effect.
+    """
+    if params.raw_text is None:
         return []
-    if source == EMBEDDED:
-        n = params.conversations.n or 1000
-        return texts.raw_texts(Town(), round(n * share / (1 - share)), params.seed)
-    on_hub = params.locate(source) == "hub"
-    return load_raw_texts(source if on_hub else params.path(source))
+    if params.raw_text == EMBEDDED:
+        n = (params.conversations.n or 1000) * params.finetune.raw_text_per_conversation
+        return texts.raw_texts(Town(), round(n), params.seed)
+    on_hub = params.locate(params.raw_text) == "hub"
+    return load_raw_texts(params.raw_text if on_hub else params.path(params.raw_text))
 
 
 def needles(params: Params, loaded_tokenizer: PreTrainedTokenizerBase) -> list[Question]:

@@ -218,7 +218,7 @@ def test_where_memory_runs_out_the_batch_size_is_named_and_a_smaller_one_goes_on
 
     model.model.forward = small
     with pytest.raises(
-        InputError, match=r"CUDA out of memory.*set models\.batch_size down .*finished lies in (\S+)\.jsonl"
+        InputError, match=r"CUDA out of memory.*set models\.batch_size down .*finished work is kept in (\S+)\.jsonl"
     ):
         answer_questions(model, tokenizer, QUESTIONS, cache_dir=tmp_path, **settings)
     model.model.forward = forward

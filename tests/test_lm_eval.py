@@ -208,7 +208,7 @@ def test_metadata_that_would_give_other_numbers_silently_is_refused(sources):
         passage_questions.documents("drop", drop=sources["squad"])
     with pytest.raises(InputError, match=r"metadata variant: expected standard or authors_code, got 'papr'"):
         passage_questions.documents("squad", **sources, variant="papr")
-    with pytest.raises(InputError, match=r"no\.json: no such file"):
+    with pytest.raises(InputError, match=r"no file or folder '\./no\.json'; give qa\.sources"):
         passage_questions.documents("squad", squad="./no.json")
 
 

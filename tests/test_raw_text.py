@@ -12,7 +12,7 @@ from ctxlib.miniature import texts
 from ctxlib.miniature.pretrain import encode
 from ctxlib.miniature.tokenizer import build_tokenizer
 from ctxlib.miniature.town import Town
-from ctxlib.params import Finetune, InputError, load_params
+from ctxlib.params import Finetune, InputError
 from ctxlib.roles import Role
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
@@ -86,17 +86,18 @@ def test_the_share_of_raw_text_lengthens_training_and_leaves_the_conversations_a
 ):
     raw = load_raw_texts(written(tmp_path / "a.txt", "word " * 200))
     steps = {}
-    for share in (0.0, 0.25):
+    for share, given in ((0.0, raw), (0.25, raw), (0.25, [])):
         settings = Finetune(steps=6, batch_size=2, gradient_accumulation=1, raw_text_share=share, lora_rank=2)
-        out = tmp_path / f"share-{share}"
+        out = tmp_path / f"share-{share}-{len(given)}"
         log = finetune(
-            model_folder, tokenizer, conversations, settings, out_dir=out, raw_texts=raw, max_length=64, progress=False
+            model_folder,
+            tokenizer,
+            conversations,
+            settings,
+            out_dir=out,
+            raw_texts=given,
+            max_length=64,
+            progress=False,
         )
-        steps[share] = log.step.max(), log.attrs["raw_text"]
-    assert steps == {0.0: (6, 0), 0.25: (8, round(len(conversations) / 3))}
-
-
-def test_a_share_without_its_source_is_refused():
-    overrides = {"finetune.raw_text_share": 0.1, "conversations.raw_text": None}
-    with pytest.raises(InputError, match="raw_text_share needs conversations"):
-        load_params("params/miniature.yaml", overrides)
+        steps[share, len(given)] = log.step.max(), log.attrs["raw_text"]
+    assert steps == {(0.0, 1): (6, 0), (0.25, 1): (8, round(len(conversations) / 3)), (0.25, 0): (6, 0)}

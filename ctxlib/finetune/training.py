@@ -74,7 +74,7 @@ def finetune(
         activations twice to store fewer; None: only on CUDA, where the optimiser also pages its states and the
         arithmetic is bfloat16.
     raw_texts: plain text to train on in addition, without the chat template (`labels.raw_text_examples`). Conversations
-        are as many as without it, for `raw_text_share` s there are s / (1 - s) pieces of text for each.
+        are as many as without it; for each there are s / (1 - s) pieces of text, s being `raw_text_share`.
     indicator: if given, user messages with `indicated=True` end in that token, which is added to a copy of the
         tokenizer. Under LoRA its row is the only row of the input embedding that is trained in the `standard` variant;
         in the `authors_code` variant it stays at the mean of the embeddings (official script).
@@ -94,6 +94,8 @@ def finetune(
     more conversations than there are, and a model that mixes packed conversations, before anything is written; later
     if memory or disk are full, and if loss, gradients or weights are no longer numbers (see `train`).
     """
+    if not raw_texts:
+        settings = settings.model_copy(update={"raw_text_share": 0.0})
     if freeze_indicator and (indicator is None or settings.method == "full"):
         raise InputError("finetune: freeze_indicator needs an indicator, and lora or qlora; 'full' trains every row")
     if is_adapter(model_path):
@@ -130,7 +132,7 @@ def finetune(
     work_dir = out_dir.with_name(f"{out_dir.name}.training-{config_hash}")
 
     effective_batch = settings.batch_size * settings.gradient_accumulation * processes.num_processes
-    n_rows = settings.examples(n_chats, processes.num_processes)
+    n_rows = max(1, round(settings.examples(n_chats, processes.num_processes)))
     n_steps = math.ceil(n_rows / effective_batch)
     lengths = [len(example.input_ids) for example in examples]
     order = training_order(lengths, effective_batch, n_rows, seed, settings.group_by_length)

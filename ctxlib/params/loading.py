@@ -76,12 +76,6 @@ class Params(Section):
             raise ValueError("conversations.source 'miniature' needs miniature.shares, copy them from miniature.yaml")
         return self
 
-    @model_validator(mode="after")
-    def _raw_text_needs_its_source(self) -> "Params":
-        if self.finetune.raw_text_share and self.conversations.raw_text is None:
-            raise ValueError("finetune.raw_text_share needs conversations.raw_text: name it, or set the share to 0")
-        return self
-
     @property
     def file(self) -> str:
         """The file they came from, for messages."""
@@ -106,6 +100,12 @@ class Params(Section):
     def changed(self, overrides: Mapping[str, Any]) -> "Params":
         """The same experiment with other values, checked as those of a file: `changed({"needle.per_cell": 2})`."""
         return _checked(self.model_dump(), overrides, {}, self._files, self._root)
+
+    @property
+    def raw_text(self) -> str | None:
+        """Where the plain text comes from that is mixed into training; None if none is."""
+        of_the_town = "miniature" if self.conversations.source == "miniature" else None
+        return (self.conversations.raw_text or of_the_town) if self.finetune.raw_text_share else None
 
     @property
     def output_dir(self) -> Path:

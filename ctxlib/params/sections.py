@@ -66,7 +66,7 @@ class Conversations(Rows):
     source: str
     revision: str | None = None
     n: Count | None = None
-    raw_text: str | None = Field(None, description="Plain text: .txt, a folder of them, or rows with a key text.")
+    raw_text: str | None = Field(None, description="Plain text to mix in: .txt, a folder of them, or rows.")
     max_length: Count = Field(2048, description="Tokens per conversation, at most.")
 
 
@@ -130,7 +130,7 @@ class Finetune(Section):
     lora_dropout: Fraction = Field(0.05, lt=1, description="On the adapter's input.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     raw_text_share: Fraction = Field(
-        0.0, lt=1, description="Fraction of the examples that are plain text, in addition to the conversations."
+        0.0, lt=1, description="Fraction of the examples that are plain text, if there is any (raw_text)."
     )
     group_by_length: bool = Field(True, description="Batch conversations of similar length.")
     packing: bool | None = Field(
@@ -143,13 +143,12 @@ class Finetune(Section):
     def raw_text_per_conversation(self) -> float:
         return self.raw_text_share / (1 - self.raw_text_share)
 
-    def examples(self, conversations: int, processes: int = 1) -> int:
+    def examples(self, conversations: float, processes: int = 1) -> float:
         """How many examples are trained on: all steps or epochs of conversations, and the raw text in addition."""
+        read = (self.epochs or 0) * conversations
         if self.steps is not None:
             read = self.steps * self.batch_size * self.gradient_accumulation * processes
-        else:
-            read = (self.epochs or 0) * conversations
-        return max(1, round(read * (1 + self.raw_text_per_conversation)))
+        return read * (1 + self.raw_text_per_conversation)
 
     @model_validator(mode="before")
     @classmethod

@@ -37,7 +37,7 @@ def steps(params: Params, texts: Mapping[str, Texts], times: Mapping[str, float]
     A packed batch attends to its whole row behind a mask, twice what causal attention computes.
     """
     section, chats = params.finetune, texts["conversations"]
-    trained = section.examples(chats.n)
+    trained = (section if params.raw_text else section.model_copy(update={"raw_text_share": 0.0})).examples(chats.n)
     packs = section.packing is not False and section.batch_size > 1  # null: on a GPU, which is planned for
     packed = 2 * section.batch_size * chats.length if packs else None
     padded = padding(section, chats.lengths)
