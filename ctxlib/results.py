@@ -122,7 +122,7 @@ class Results:
         gather_claims(self.params)
         return pd.DataFrame([entry], columns=CLAIM_COLUMNS)
 
-    def verdict(self, prediction: str, came_true: bool, found: str) -> None:
+    def verdict(self, prediction: str, came_true: bool | np.bool_, found: str) -> None:
         """Prints whether a prediction came true or failed, and writes it to `tables/predictions.csv`.
 
         came_true: decided from the data, by the rule that the prediction names.

@@ -21,6 +21,7 @@ from ctxlib.results import EVIDENCE_COLUMNS
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STORY, EVIDENCE = (re.findall(r'"(\d\d_\w+)":', part) for part in (ROOT / "Snakefile").read_text().split("EVIDENCE ="))
+WITHOUT_VERDICTS = {name for name in EVIDENCE if name != "07_seeds"}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -50,6 +51,20 @@ def test_its_cells_are_short_and_plain(path):
         nodes = list(ast.walk(ast.parse(cell.source)))
         assert not any(isinstance(node, ast.Try) for node in nodes), cell.source
         assert not any(map(holds_another_comprehension, nodes)), cell.source
+
+
+@each_notebook
+def test_every_prediction_is_followed_by_its_verdict(path):
+    """A cell that predicts, then one that prints "came true" or "failed" from the data, before the next prediction."""
+    if path.stem in WITHOUT_VERDICTS:
+        pytest.skip("its trials have not been run again since verdicts are printed")
+    said = "".join(
+        "P" * bool(re.search(r"\bPredict\b", cell.source))
+        if cell.cell_type == "markdown"
+        else "v" * ("results.verdict(" in cell.source)
+        for cell in nbformat.read(path, 4).cells
+    )
+    assert re.fullmatch("(Pv+)*", said), said
 
 
 def holds_another_comprehension(node: ast.AST) -> bool:

@@ -167,11 +167,11 @@ def test_a_killed_training_ends_with_the_same_losses_and_weights(rehearsed, tmp_
         experiment.model_path(params, "pretrained"),
         experiment.tokenizer(params),
         experiment.conversations(params).conversations,
+        params.finetune,
         out_dir=tmp_path / "never killed",
         max_length=params.conversations.max_length,
         seed=params.seed,
         progress=False,
-        **params.finetune.model_dump(),
     )
     torch.set_num_threads(threads)
     for name in ("loss.csv", "adapter_model.safetensors"):

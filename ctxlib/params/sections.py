@@ -212,6 +212,7 @@ class Evidence(Section):
 
     seeds: Annotated[list[Seed], Field(min_length=2)]
     ablation_seeds: Annotated[list[Seed], Field(min_length=2)]
+    raw_text_shares: Annotated[list[Fraction], Field(min_length=2)]
     doses: Annotated[list[Fraction], Field(min_length=2)]
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     marked_shares: Annotated[list[Fraction], Field(min_length=1)]
