@@ -34,7 +34,7 @@ SHARES = {
 }
 CHATS = {"n": 6000, "seed": 0}
 VANILLA_SFT = {"method": "full", "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "warmup_fraction": 0.1}
-VANILLA_SFT |= {"raw_text_share": 0.25}
+VANILLA_SFT |= {"raw_text_share": 0.1}
 SETTINGS = Finetune(**VANILLA_SFT, epochs=None, gradient_accumulation=1, schedule="linear")
 EXAM = {"lengths": [100, 200, 300, 400], "depths": [0, 25, 50, 75, 100], "per_cell": 26, "seed": 2024}  # n = 520
 ANSWER_TOKENS = 64
