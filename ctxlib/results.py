@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ctxlib.files import file_digest, write
+from ctxlib.files import file_digest, to_json, write
 from ctxlib.metrics import Side, holds, in_words
 from ctxlib.params import InputError, Params
 
@@ -260,10 +260,6 @@ def short_path(params: Params, path: str | Path) -> str:
     """The path as it is written into records: relative to the root if it lies below, so the same on each machine."""
     path, root = Path(path).resolve(), params.root.resolve()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def to_json(content: Any) -> str:
-    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _csv(frame: pd.DataFrame) -> str:

@@ -19,9 +19,9 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from ctxlib.files import check_writable, disk_space, file_digest, write
+from ctxlib.files import check_writable, disk_space, file_digest, to_json, write
 from ctxlib.params import InputError, NotebookError, Params, expanded, load_params
-from ctxlib.results import code_version, gather_claims, gather_evidence, gather_predictions, short_path, to_json
+from ctxlib.results import code_version, gather_claims, gather_evidence, gather_predictions, short_path
 
 MEMORY_ADVICE = (
     "if memory ran out, lower models.batch_size, scoring.token_budget, finetune.batch_size or "

@@ -23,12 +23,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctxlib.commands.settings import ScoredRows, ScoreRun
 from ctxlib.conversations import Corpus, data_files, open_conversations
-from ctxlib.files import check_writable, digest, file_digest, folder_for_now, write
+from ctxlib.files import check_writable, digest, file_digest, folder_for_now, to_json, write
 from ctxlib.miniature import model_source
 from ctxlib.models import load_config, load_model, load_tokenizer, require_chat_template
 from ctxlib.paper import THRESHOLD, paper_layer
 from ctxlib.params import InputError, Layer, Loading, ScoreRule, Scoring, expanded, locate
-from ctxlib.results import to_json
 from ctxlib.roles import role_map
 from ctxlib.scoring import (
     answered_turns,
@@ -168,7 +167,7 @@ class Prepared:
             "shard_dir": parts,
         }
         call |= {name: getattr(settings, name) for name in ("layers", "max_length", "conversations_per_part")}
-        call |= {"weights": identity["weights"]}
+        call |= {"weights": identity["weights"], "data": identity["conversations"]}
 
         there_before = set(_part_files(parts))
         began = time.perf_counter()

@@ -1,6 +1,15 @@
 """Files that appear whole or not at all, files that were fetched, and hashes."""
 
-from ctxlib.files.atomic import JsonLines, check_writable, disk_space, folder_for_now, make_folder, replacing, write
+from ctxlib.files.atomic import (
+    JsonLines,
+    check_writable,
+    disk_space,
+    folder_for_now,
+    make_folder,
+    replacing,
+    to_json,
+    write,
+)
 from ctxlib.files.downloads import (
     AGAIN,
     check_is_itself,
@@ -32,5 +41,6 @@ __all__ = [
     "read_json_object",
     "read_text",
     "replacing",
+    "to_json",
     "write",
 ]

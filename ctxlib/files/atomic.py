@@ -18,6 +18,11 @@ from ctxlib.params import InputError, expanded
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def to_json(content: Any) -> str:
+    """The text of a .json file: sorted keys, one per line."""
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write(path: Path, content: str | bytes) -> Path:
     """Writes next to the place and renames, so that a reader sees the old file or the new one and never a part."""
     with replacing(path) as beside:

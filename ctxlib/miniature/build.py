@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ctxlib.conversations import Question
-from ctxlib.files import file_digest, write
+from ctxlib.files import file_digest, to_json, write
 from ctxlib.finetune import finetune
 from ctxlib.generate import answer_questions
 from ctxlib.metrics import score_answers, wilson_interval
@@ -18,7 +18,6 @@ from ctxlib.miniature.pretrain import Recipe, pretrain
 from ctxlib.miniature.town import Town
 from ctxlib.models import Subject, load_model, load_tokenizer
 from ctxlib.params import Finetune
-from ctxlib.results import to_json
 from ctxlib.roles import PLAIN_SEPARATOR
 
 # the same shares as in params/miniature.yaml: `instruct` is the model that such chat data produce

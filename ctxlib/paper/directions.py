@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ctxlib.metrics import holds
 from ctxlib.paper import printed
 from ctxlib.paper.outputs import VALUES, Experiment, needle_rows, stack
 from ctxlib.paper.printed import ALPHA, INDICATED, SQUAD_QUAC_DROP, VANILLA
@@ -41,6 +40,8 @@ def _agrees(says: str, value: float, low: float, high: float) -> str:
         return "not measured"
     if pd.isna(low):
         return "no interval"
+    from ctxlib.metrics import holds  # with scipy and scikit-learn, which `ctxlib score` does without
+
     side, other = ("below", "above") if says == "down" else ("above", "below")
     right = low >= 0 if says == "not down" else holds(low, high, 0, side)
     return "yes" if right else "no" if holds(low, high, 0, other) else "open"

@@ -5,9 +5,11 @@ added tokens that the template spells) have secret names. Only what the template
 a user that looks like a control token stays text.
 """
 
+import bisect
 import dataclasses
 import itertools
 import json
+import operator
 import re
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -24,7 +26,7 @@ from ctxlib.roles.rendering import Rendering, tokenizer_name
 # What a name begins and ends with: pairs of Unicode's "noncharacters", never to be interchanged. Were the two the same,
 # a content between two names could complete one.
 _GUARDS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
-_CONTROL = -2  # origin of the characters of a control token
+_MASK = chr(0x10FFFF)  # in place of the contents: another noncharacter, so that no token can be found in them
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte of a character that the vocabulary lacks
 _REMEMBERED = 8  # twins of a tokenizer: one for each chat template, more for odd texts
 
@@ -37,68 +39,66 @@ def encode(
     Added tokens that occur in `spelled`, or in what the template wrote here, are control tokens as special tokens are.
     Raises InputError for a slow tokenizer that normalises text, and for a text full of noncharacters.
     """
-    text, origin = rendering.text, rendering.origin
+    text, masked = rendering.text, rendering.masked(_MASK)
     guard = next((pair for pair in _GUARDS if not (pair[0] in text or pair[1] in text)), None)
     if guard is None:
         raise InputError("the text holds noncharacters from all over U+FDD0 to U+FDEF; remove them")
-    borders = np.flatnonzero(np.diff(origin < 0)) + 1
-    runs = [(start, stop) for start, stop in zip([0, *borders], [*borders, len(text)], strict=True) if start < stop]
-    written = "\0".join(text[start:stop] for start, stop in runs if origin[start] < 0)
-    control = _control_tokens(tokenizer, spelled, written)
+    control, any_token = _control_tokens(tokenizer, spelled)
+    found = [*any_token.finditer(masked)]
+    if wrote := {match.group() for match in found} - control:
+        control |= wrote  # the same set as before has its hash already
     of_this_text = (guard, control, len(tokenizer))
     encoder = _once(tokenizer, of_this_text, lambda: _encoder(tokenizer, guard, control))
 
     # Control tokens are replaced by secret names, only where the template wrote them (G, H: the guards around a name):
     #   text    < s > H i < / s > < / s >      the user wrote "Hi</s>", the template the rest
-    #   origin  - - - 0 1 2 3 4 5 - - - -
+    #   masked  < s > M M M M M M < / s >
     #   named   G 0 H H i < / s > G 1 H        only the second </s> is one token; the first one is plain text
     # What the twin does not recognise as a token (a name inside a word, say) goes back to plain text: hence the loop.
-    found = [
-        match for start, stop in runs if origin[start] < 0 for match in encoder.control.finditer(text, start, stop)
-    ]
+    found = [match for match in found if match.group() in encoder.names]
     while True:
-        named, origin, heads = _with_names(rendering, found, encoder.names)
+        named = _with_names(text, found, encoder.names)
         if encoder.backend is None:
             tokens, offsets = _encode_by_pieces(tokenizer, named, {name: t for t, name in encoder.names.items()})
         else:
             encoding = encoder.backend.encode(named, add_special_tokens=False)
             tokens, offsets, original = encoding.ids, encoding.offsets, encoder.original_ids
             tokens = [original.get(token, token) for token in tokens] if original else tokens
-        ids = np.array(tokens, dtype=np.int64)
-        flat = itertools.chain.from_iterable(offsets)  # faster than an array of pairs
-        starts, stops = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T.copy()
-        expected = np.array([encoder.ids[match.group()] for match in found], dtype=np.int64)
-        recognised = np.append(ids, -1)[np.searchsorted(stops, heads, side="right")] == expected
-        if recognised.all():
+        heads = [name.start() for name in re.finditer(guard[0], named)]
+        at = [bisect.bisect_right(offsets, head, key=operator.itemgetter(1)) for head in heads]  # the tokens found
+        recognised = [tokens[n : n + 1] == [encoder.ids[match.group()]] for n, match in zip(at, found, strict=True)]
+        if all(recognised):
             break
         found = [match for match, is_token in zip(found, recognised, strict=True) if is_token]  # others stay text
+    ids = np.array(tokens, dtype=np.int64)
+    flat = itertools.chain.from_iterable(offsets)  # faster than an array of pairs
+    places = np.fromiter(flat, dtype=np.int64, count=2 * len(ids))
+    # Characters of the contents are counted up to each place, and a token is asked for the counts at its two ends:
+    #   masked  G 0 H M M M M M M G 1 H
+    #   before  0 0 0 0 1 2 3 4 5 6 6 6 6      "Hi", at 3:5, has 0 and 2: it holds those from the 0th to the 1st
+    masked = _with_names(masked, found, encoder.names).encode("utf-32-le")
+    before = np.zeros(len(named) + 1, dtype=np.int64)
+    (np.frombuffer(masked, dtype=np.uint32) == ord(_MASK)).cumsum(out=before[1:])
+    held = before[places].reshape(-1, 2)
+    held[:, 1] -= 1
+    chars = np.concatenate([rendering.origin[rendering.origin >= 0], [-1]])[held]
+    chars[:, 1] += 1
     # A lone "▁" that sentencepiece puts in front of text claims the first character, which is the next token's, and
     # holds no content: "123" is "▁" at 0:1, "1" at 0:1, "2" at 1:2, "3" at 2:3.
-    put_in_front = (ids[:-1] == encoder.space) & (starts[1:] == starts[:-1])
-    stops[:-1][put_in_front] = starts[:-1][put_in_front]
-    places = np.arange(len(origin))
-    following = np.minimum.accumulate(np.where(origin >= 0, places, len(origin) - 1)[::-1])[::-1]
-    preceding = np.maximum.accumulate(np.where(origin >= 0, places, -1))
-    controls = np.concatenate([[0], np.cumsum(origin == _CONTROL)])
-    holds_content = (following[starts] < stops) & (controls[stops] == controls[starts])
-    first = np.where(holds_content, origin[following[starts]], -1)
-    last = np.where(holds_content, origin[preceding[np.maximum(stops - 1, 0)]], -2)
-    return ids, np.stack([first, last + 1], axis=1)
+    empty = held[:, 0] > held[:, 1]
+    empty[:-1] |= (ids[:-1] == encoder.space) & (places[2::2] == places[:-2:2])
+    empty[at] = True  # control tokens, which may take in whitespace of the contents around them
+    chars[empty] = -1
+    return ids, chars
 
 
-def _with_names(
-    rendering: Rendering, found: list[re.Match], names: dict[str, str]
-) -> tuple[str, Int[np.ndarray, " char"], Int[np.ndarray, " name"]]:
-    """The text with names in place of the control tokens found, its origins (and one more), and each name's start."""
-    pieces, origins, heads, done, length = [], [], [], 0, 0
+def _with_names(text: str, found: list[re.Match], names: dict[str, str]) -> str:
+    """The text with names in place of the control tokens found."""
+    pieces, done = [], 0
     for match in found:
-        name = names[match.group()]
-        pieces += [rendering.text[done : match.start()], name]
-        origins += [rendering.origin[done : match.start()], np.full(len(name), _CONTROL)]
-        heads.append(length + match.start() - done)
-        length, done = heads[-1] + len(name), match.end()
-    named = "".join([*pieces, rendering.text[done:]])
-    return named, np.concatenate([*origins, rendering.origin[done:], [-1]]), np.array(heads, dtype=np.int64)
+        pieces += [text[done : match.start()], names[match.group()]]
+        done = match.end()
+    return "".join([*pieces, text[done:]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,6 @@ class _Encoder:
     """A twin of a tokenizer in which the control tokens have names that no content spells."""
 
     backend: Tokenizer | None  # None for a slow tokenizer
-    control: re.Pattern
     names: dict[str, str]
     ids: dict[str, int]
     original_ids: dict[int, int]  # of the tokens whose id differs in the twin
@@ -126,32 +125,27 @@ def _once(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], 
     return of_tokenizer[key]
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, spelled: str, written: str) -> frozenset[str]:
-    """Special tokens, and the other added tokens that the template spells or wrote, unless they are whitespace."""
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, spelled: str) -> tuple[frozenset[str], re.Pattern]:
+    """Special tokens and the added tokens that the template spells; and what matches any token, the longest first.
+
+    Added tokens that are whitespace count only if they are special.
+    """
     special = tokenizer.all_special_tokens
 
     def sort_out() -> tuple[frozenset[str], re.Pattern]:
-        control, ordinary = set(special), set()
-        for token in tokenizer.added_tokens_decoder.values():
-            is_control = token.special or (token.content.strip() and token.content in spelled)
-            (control if is_control else ordinary).add(token.content)
-        return frozenset(control), _any_of(token for token in ordinary - control if token.strip())
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special or token.content.strip()]
+        control = {*special, *(token.content for token in added if token.special or token.content in spelled)}
+        longest_first = sorted({*special, *(token.content for token in added)}, key=len, reverse=True)
+        return frozenset(control), re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    control, ordinary = _once(tokenizer, (spelled, *special, len(tokenizer)), sort_out)
-    wrote = ordinary.findall(written)
-    return control.union(wrote) if wrote else control  # the same set as before has its hash already
-
-
-def _any_of(tokens) -> re.Pattern:
-    """Matches any of them, the longest first; nothing if there are none."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    return _once(tokenizer, (spelled, *special, len(tokenizer)), sort_out)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, guard: tuple[str, str], control: frozenset[str]) -> _Encoder:
     own_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in sorted(control)}
     names = {token: str(n).join(guard) for n, (token, own) in enumerate(own_ids.items()) if own is not None}
     if not tokenizer.is_fast:
-        return _Encoder(None, _any_of(names), names, own_ids, {}, -1)  # its pieces are placed without it
+        return _Encoder(None, names, own_ids, {}, -1)  # its pieces are placed without it
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = state["model"], tokenizer.backend_tokenizer.normalizer
@@ -177,7 +171,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, guard: tuple[str, str], control
     twin = Tokenizer.from_str(json.dumps(state))
     in_twin = {twin.token_to_id(content): token for content, token in ids.items()}
     original_ids = {t: own for t, own in in_twin.items() if t != own}
-    return _Encoder(twin, _any_of(names), names, own_ids, original_ids, tokenizer.get_vocab().get("▁", -1))
+    return _Encoder(twin, names, own_ids, original_ids, tokenizer.get_vocab().get("▁", -1))
 
 
 _AS_SPACE = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)  # as sentencepiece's usual normalisation has it

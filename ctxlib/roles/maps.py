@@ -131,7 +131,7 @@ def role_map(
     contents = Contents(messages)
     if template:
         rendering = render(tokenizer, contents, generation_prompt and not response_prefix)
-        last = np.flatnonzero(rendering.origin >= contents.starts[-2])
+        (last,) = (rendering.origin >= contents.starts[-2]).nonzero()
         if contents.messages[-1].content.strip() and not len(last):
             raise InputError(left_out(tokenizer))
         if response_prefix:
@@ -143,7 +143,7 @@ def role_map(
     ids, chars = encode(tokenizer, rendering, spelled_by_template(tokenizer))
     bos_place, bos_id = [], tokenizer.bos_token_id
     if bos_id is not None:
-        bos_place = np.flatnonzero((ids == bos_id) & (chars[:, 0] < 0))[:1]
+        bos_place = ((ids == bos_id) & (chars[:, 0] < 0)).nonzero()[0][:1]
         if not (len(bos_place) and _begins_with(tokenizer.bos_token, rendering)):
             bos_place = [0] * bos
             if bos:
@@ -232,12 +232,13 @@ def role_table(tokenizer: PreTrainedTokenizerBase, role_map: RoleMap) -> pd.Data
 
 def _roles_and_turns(contents: Contents, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Role and turn of tokens, given the origin of each one's first content character (-1: template)."""
-    roles = np.array([Role[message.role.upper()] for message in contents.messages] + [Role.TEMPLATE])
-    turns = np.cumsum([message.role == "user" for message in contents.messages])
-    turns = np.append(np.where(roles[:-1] == Role.SYSTEM, 0, turns), 0)
-    owner = np.where(first < 0, -1, np.searchsorted(contents.starts, first, side="right") - 1)
-    turn = turns[owner]
-    return roles[owner], np.where(first < 0, np.maximum.accumulate(turn), turn)
+    messages = contents.messages
+    turns = itertools.accumulate(message.role == "user" for message in messages)
+    turns = [0 if message.role == "system" else turn for message, turn in zip(messages, turns, strict=True)]
+    roles = [ROLES.index(role) for role in (*(message.role for message in messages), "template")]
+    owner = np.searchsorted(contents.starts, first, side="right") - 1  # -1, the last one, for the template
+    turn = np.array([*turns, 0])[owner]
+    return np.array(roles)[owner], np.where(first < 0, np.maximum.accumulate(turn), turn)
 
 
 def _begins_with(token: str | None, rendering: Rendering) -> bool:

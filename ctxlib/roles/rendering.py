@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -43,6 +44,10 @@ class Rendering:
         """The first `stop` characters."""
         return Rendering(self.text[:stop], self.origin[:stop])
 
+    def masked(self, mask: str) -> str:
+        """The text with `mask` in place of every character of the contents."""
+        return _text(np.where(self.origin < 0, _codes(self.text), ord(mask)))
+
 
 class Contents:
     """The contents of all messages, one after the other: a character's place in there is its origin.
@@ -53,7 +58,7 @@ class Contents:
 
     def __init__(self, messages: Sequence[Message]):
         self.messages = messages
-        self.starts = np.cumsum([0, *(len(message.content) for message in messages)])
+        self.starts = np.array([*itertools.accumulate((len(message.content) for message in messages), initial=0)])
         try:
             self.codes = _codes("".join(message.content for message in messages))
         except UnicodeEncodeError as error:
@@ -62,9 +67,8 @@ class Contents:
 
     def traced(self) -> list[dict[str, str]]:
         """The messages as a template reads them, with private code points for the characters."""
-        raw = _text(np.arange(len(self.codes)) + _BASE)
-        spans = zip(self.messages, self.starts, self.starts[1:], strict=False)
-        return [{"role": m.role, "content": _Traced(raw[start:stop], m.content)} for m, start, stop in spans]
+        spans = zip(self.messages, itertools.pairwise(self.starts.tolist()), strict=True)
+        return [{"role": m.role, "content": _Traced(_private()[slice(*span)], m.content)} for m, span in spans]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_prompt: bool) -> Rendering:
@@ -86,18 +90,18 @@ def render(tokenizer: PreTrainedTokenizerBase, contents: Contents, generation_pr
     try:
         with time_limit():
             text = plain.render(messages=_as_dicts(contents.messages), **given)
-            codes = _codes(followed.render(messages=contents.traced(), **given))
-            as_written = _text(_decoded(codes))
+            traced = followed.render(messages=contents.traced(), **given)
+            codes = _codes(traced)
     except Exception as error:  # a template is foreign code: it can raise anything
         raise InputError(_why_not(name, contents.messages, chat_template, error)) from error
     finally:
         _contents.reset(token)
-    if as_written != text:
+    if _plain(traced) != text:
         raise InputError(
             f"the chat template of {name} rewrites contents (changes case, escapes, draws at random, …): the roles of "
             "their characters are lost; use a template that writes contents as they are"
         )
-    return Rendering(text, np.where(codes >= _BASE, codes - _BASE, -1))
+    return Rendering(text, np.maximum(codes - _BASE, -1))
 
 
 def _why_not(name: str, messages: Sequence[Message], chat_template: str, error: Exception) -> str:
@@ -182,6 +186,12 @@ def _text(codes: np.ndarray) -> str:
     return codes.astype("<u4").tobytes().decode("utf-32-le")
 
 
+@functools.cache
+def _private() -> str:
+    """All private code points: the n-th stands for the n-th character of the contents."""
+    return _text(np.arange(_BASE, 0x110000))
+
+
 def _decoded(codes: np.ndarray) -> np.ndarray:
     """Code points of a rendering, with those that stand for the contents replaced by what they stand for."""
     private = codes >= _BASE
@@ -199,7 +209,7 @@ def _plain(value):
 
 def _lift(value):
     """A string that holds traced characters, as a traced one."""
-    if isinstance(value, str) and not isinstance(value, _Traced) and _PRIVATE.search(value):
+    if isinstance(value, str) and not isinstance(value, _Traced) and not value.isascii() and _PRIVATE.search(value):
         return _Traced(value)
     return value
 
@@ -330,16 +340,18 @@ class _CodeGenerator(CodeGenerator):
 
 def _environment() -> jinja2.Environment:
     """transformers' own, with limits."""
-    return bounded(_compile_jinja_template("").environment)
+    environment = bounded(_compile_jinja_template("").environment)
+    environment.code_generator_class = _CodeGenerator
+    # jinja's ChainMap would be copied key by key for every rendering
+    environment.make_globals = lambda given: environment.globals | (given or {})
+    return environment
 
 
 @functools.lru_cache(maxsize=32)
 def _plainly_compiled(chat_template: str) -> jinja2.Template:
     try:
         with time_limit():
-            environment = _environment()
-            environment.code_generator_class = _CodeGenerator
-            return environment.from_string(chat_template)
+            return _environment().from_string(chat_template)
     except Exception as error:  # constants are folded when it is compiled
         raise InputError(f"the chat template is faulty: {' '.join(str(error).split())}; repair it") from error
 
@@ -355,7 +367,6 @@ def _compiled(chat_template: str) -> jinja2.Template:
     def lifting(function: Callable) -> Callable:
         return functools.wraps(function)(lambda *args, **kwargs: _lift(function(*args, **kwargs)))
 
-    environment.code_generator_class = _CodeGenerator
     environment.concat = lifting(environment.concat)
     environment.call = lifting(environment.call)
     environment.call_binop = lifting(environment.call_binop)

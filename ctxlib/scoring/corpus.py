@@ -64,6 +64,7 @@ def score_corpus(
     conversations_per_part: int = 256,
     seed_model: str | None = None,
     weights: str | None = None,
+    data: str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Score every answered turn of a corpus; one row per turn and layer, in the corpus's order.
@@ -86,7 +87,7 @@ def score_corpus(
         parts are read instead of scored: an interrupted call resumes and ends with the same frame.
     shard: (i, n) takes every n-th part from the i-th on; when all n are done, a call without it reads them all.
     seed_model: the model's name in the frame; by default the hash of its weights.
-    weights: that hash (`weights_hash`), if it is already known.
+    weights: that hash (`weights_hash`), if it is already known; data: the same for `corpus_hash`.
 
     Raises InputError for an empty corpus, repeated conversation ids, a layer that does not exist or has no attention,
     if no turn could be scored, and for a score that is not a number and a memory or disk that is full; finished parts
@@ -110,7 +111,7 @@ def score_corpus(
     folder = None
     if shard_dir is not None:
         made_by |= {"weights": weights, "seed_model": seed_model, "dtype": str(model.dtype)}
-        made_by |= {"template": _template_hash(tokenizer), "data": corpus_hash(corpus)}
+        made_by |= {"template": _template_hash(tokenizer), "data": data or corpus_hash(corpus)}
         made_by |= {"conversations_per_part": conversations_per_part}
         folder = Path(shard_dir) / digest(made_by)
         write(folder / "settings.json", json.dumps(made_by, indent=1) + "\n")

@@ -32,11 +32,10 @@ from ctxlib.commands.mt_bench.judgements import (
 from ctxlib.commands.mt_bench.questions import WITH_REFERENCE, Bench, Task, load_mt_bench
 from ctxlib.commands.mt_bench.ratings import question_ratings, spent, summarise_ratings
 from ctxlib.commands.settings import Answering
-from ctxlib.files import check_writable, file_digest, read_json_object, write
+from ctxlib.files import check_writable, file_digest, read_json_object, to_json, write
 from ctxlib.miniature import model_source
 from ctxlib.models import Subject, load_model, load_tokenizer, model_hash, require_chat_template
 from ctxlib.params import InputError, Loading, expanded
-from ctxlib.results import to_json
 
 __all__ = [
     "ANSWER_COLUMNS",

@@ -14,13 +14,12 @@ from ctxlib import allocation, experiment, indicator, models, roles
 from ctxlib.conversations import Corpus, Message, Question
 from ctxlib.evidence.trials.definition import Asking
 from ctxlib.evidence.trials.plan import Plan
-from ctxlib.files import digest, write
+from ctxlib.files import digest, to_json, write
 from ctxlib.finetune import export_merged, finetune
 from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import is_fact_sentence
 from ctxlib.models import Subject
 from ctxlib.params import InputError, Params
-from ctxlib.results import to_json
 from ctxlib.scoring import at_layer, score_corpus
 
 MEASURES = {
