@@ -173,6 +173,24 @@ def test_the_params_files_of_the_nine_runs_are_the_rows_of_table_3_with_its_sett
     assert named == set(zip(rows["model"], rows["dataset"], strict=True)) and len(runs) == 9
 
 
+def test_the_matrix_names_every_table_and_figure_once_and_who_measured_it():
+    found = paper.experiments(ROOT / "outputs")
+    rows = paper.matrix(found).set_index("paper")
+    numbers = {"Table": [], "Figure": []}
+    for name in rows.index:
+        kind, first, *more = re.findall(r"[A-Z][a-z]+?(?=s? )|\d+", name)
+        last = int(more[-1]) if more else int(first)
+        numbers[kind] += range(int(first), last + 1)
+    assert numbers == {"Table": list(range(1, 11)), "Figure": list(range(1, 10))}
+    assert "miniature" in rows.measured_here["Table 7"] and "needs a GPU" in rows.on_its_models["Table 7"]
+    assert set(paper.matrix([]).measured_here) == {"-", "not yet"}
+    of_the_paper = {"models.pretrained": next(iter(paper.BASES)), "conversations.source": next(iter(paper.DATASETS))}
+    one = paper.Experiment(ROOT, "mine", of_the_paper, {"steering": pd.DataFrame({"value": [1.0]})})
+    measured = paper.matrix([one]).set_index("paper")
+    assert measured.loc["Table 1", ["measured_here", "on_its_models"]].tolist() == ["mine", "mine"]
+    assert measured.measured_here["Table 7"] == "not yet"
+
+
 def test_the_official_models_are_those_of_table_7():
     assert sorted(paper.OFFICIAL.values()) == sorted(paper.as_printed(7)["model"])
 

@@ -6,6 +6,7 @@ never ran has fewer rows, nothing else.
 
 from ctxlib.paper.cells import compare, dataset_counts, departures, ours_in, pairs
 from ctxlib.paper.directions import directions, minus, recall_errors, worded
+from ctxlib.paper.matrix import matrix
 from ctxlib.paper.outputs import Experiment, experiments, gather
 from ctxlib.paper.printed import (
     ALPHA,
@@ -69,6 +70,7 @@ __all__ = [
     "gather",
     "inconsistencies",
     "keywords_found",
+    "matrix",
     "minus",
     "notes",
     "ours_in",
