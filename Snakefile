@@ -12,9 +12,10 @@ from ctxlib.params import load_params
 STORY = {
     "00_the_miniature": [],
     "01_attention_shift": [],
+    "01_two_tokens": [],  # an appendix
     "02_context_dependency": [],
     "03_indicator_sft": ["02_context_dependency"],
-    "04_evaluation": ["01_attention_shift", "03_indicator_sft"],  # its last figure shows the claims of all
+    "04_evaluation": ["01_attention_shift", "01_two_tokens", "03_indicator_sft"],  # its last figure shows the claims of all
     "05_figures_and_tables": ["04_evaluation"],
 }
 # they share trials, not tables: none waits for another
@@ -34,7 +35,7 @@ params_file = config.get("params_file", f"params/{config.get('experiment', 'mini
 overrides = config.get("overrides", {})
 experiment = load_params(params_file, overrides)
 if experiment.trains("instruct"):
-    STORY["01_attention_shift"] = ["03_indicator_sft"]
+    STORY |= dict.fromkeys(("01_attention_shift", "01_two_tokens"), ["03_indicator_sft"])
 NEEDS = EVIDENCE if experiment.evidence else STORY
 HOME = Path(os.path.relpath(workflow.basedir))  # of notebooks and code; the working directory may be another
 OUTPUTS = experiment.output_dir
