@@ -16,10 +16,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
 
 
-def test_the_table_of_claims_is_the_committed_one():
-    block = README.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip()
-    committed = (ROOT / "outputs/miniature/tables/claims.md").read_text(encoding="utf-8")
+def test_what_the_paper_says_and_what_is_found_is_the_committed_table():
+    block = README.split("<!-- paper says -->")[1].split("<!-- /paper says -->")[0].strip()
+    committed = (ROOT / "outputs/evidence/tables/paper_says.md").read_text(encoding="utf-8")
     assert block == "\n".join(line for line in committed.splitlines() if line.startswith("|"))
+
+
+def test_the_numbers_of_its_first_lines_are_means_over_seeds():
+    """Every percentage before the first figure is one of the committed finding, rounded."""
+    finding = pd.read_csv(ROOT / "outputs/evidence/tables/the_finding.csv")
+    told = re.findall(r"(\d+) %", README.split("![")[0])
+    assert len(told) >= 4 and set(told) <= {f"{value:.0%}".rstrip("%") for value in finding["value"]}
 
 
 def test_the_table_of_evidence_says_what_evidence_csv_says():
@@ -71,4 +78,5 @@ def test_the_seed_model_that_is_trained_by_hand_is_the_vanilla_model_of_notebook
     results = SimpleNamespace(work=params.output_dir / "work")
     names = {"params": params, "results": results, "name": "vanilla", "token": None}
     names |= {"data": experiment.conversations(params), "tokenizer": experiment.tokenizer(params)}
+    names |= {"raw_texts": experiment.raw_texts(params)}
     assert len(eval(call, {"experiment": experiment, "finetune": finetune, **names})) == 1
