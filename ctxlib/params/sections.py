@@ -143,7 +143,7 @@ class Finetune(Section):
     def raw_text_per_conversation(self) -> float:
         return self.raw_text_share / (1 - self.raw_text_share)
 
-    def examples(self, conversations: float, processes: int = 1) -> float:
+    def examples(self, conversations: int | float, processes: int = 1) -> int | float:
         """How many examples are trained on: all steps or epochs of conversations, and the raw text in addition."""
         read = (self.epochs or 0) * conversations
         if self.steps is not None:
