@@ -214,7 +214,7 @@ def test_a_packed_batch_has_a_mask_of_its_whole_row_squared(model):
 
 
 def test_padding_is_that_of_the_batches_that_training_makes():
-    section = load_params(NINE[0]).finetune
+    section = load_params(NINE[0]).finetune.model_copy(update={"packing": False})
     rng = random.Random(1)
     lengths = [round(rng.expovariate(1 / 300)) + 1 for _ in range(200)]
     for grouped in (False, True):
@@ -226,7 +226,7 @@ def test_padding_is_that_of_the_batches_that_training_makes():
         expected = sum(batch["input_ids"].numel() for batch in batches) / read
         assert padding(changed, lengths) == pytest.approx(expected, rel=0.05)
         assert (expected > 1.5) != grouped
-    for without in ({"packing": True, "batch_size": 4}, {"batch_size": 1}):
+    for without in ({"packing": True, "batch_size": 4}, {"packing": None, "batch_size": 4}, {"batch_size": 1}):
         assert padding(section.model_copy(update=without), lengths) == 1
 
 
@@ -362,7 +362,7 @@ def test_memory_and_time_grow_with_what_they_depend_on():
 
 def test_training_takes_the_hours_that_its_operations_take():
     """Llama-2-7B on ShareGPT by hand: three passes of 2 × 6.6 G operations a token, and causal attention's."""
-    plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", "a100-80")
+    plan = plan_of(ROOT / "params" / "llama-2-7b-sharegpt.yaml", "a100-80", **{"finetune.packing": False})
     step = next(step for step in plan.steps if step.what == "training")
     assert 1 <= step.padding < 1.02  # conversations of like length in each batch
     tokens = step.padding * 93_645 * 1567.68
@@ -470,7 +470,7 @@ def test_an_8b_model_trains_under_qlora_at_4096_in_24_gb_with_checkpointing_and_
     def training(**overrides):
         return next(f for f in plan_of(path, **one, **overrides).footprints if f.what == "training").total
 
-    assert 14 * GIB < training() < rtx
+    assert 10 * GIB < training() < rtx  # 5.3 are the weights; the loss never holds the logits of all tokens
     assert training(**{"finetune.gradient_checkpointing": True}) == training()
     without = {"finetune.gradient_checkpointing": False}
     assert training(**without) > 2 * rtx
