@@ -473,7 +473,7 @@ def test_an_8b_model_trains_under_qlora_at_4096_in_24_gb_with_checkpointing_and_
     assert 10 * GIB < training() < rtx  # 5.3 are the weights; the loss never holds the logits of all tokens
     assert training(**{"finetune.gradient_checkpointing": True}) == training()
     without = {"finetune.gradient_checkpointing": False}
-    assert training(**without) > 2 * rtx
+    assert training(**without) > 1.5 * rtx
     plan = plan_of(path, "rtx3090", **one, **without)
     changes = [change for footprint, change, _ in plan.remedies() if footprint.what == "training"]
     assert changes == [{"finetune.gradient_checkpointing": True}]
