@@ -129,9 +129,8 @@ class Results:
         found: the numbers that decide it.
         """
         verdict = "came true" if came_true else "failed"
-        entry = dict(
-            zip(PREDICTION_COLUMNS, (self.notebook, prediction, verdict, found, self.params.seed), strict=True)
-        )
+        entry = {"notebook": self.notebook, "prediction": prediction, "verdict": verdict, "found": found}
+        entry["seed"] = self.params.seed
         self._predictions = [other for other in self._predictions if other["prediction"] != prediction] + [entry]
         part = self.folder / "tables" / "predictions" / f"{self.notebook}.csv"
         self.record_output(write(part, _csv(pd.DataFrame(self._predictions))))

@@ -290,7 +290,7 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(score, data, tmp_p
         (drop, {"data": bad}, "bad.jsonl: 2 of 7 rows are bad (28.6%, at most 5.0% may be): line 6: malformed JSON"),
         ([], {"out": data}, "is where the data are; choose another folder"),
         ([], {"out": data / "scores"}, "no folder to write to"),
-        ([], {"data": folder, "out": folder}, "folder, line 6"),
+        ([], {"data": folder, "out": folder}, "folder, bad.jsonl, line 6"),
         ([*drop, "--max-bad-rows", "1"], {"data": folder, "out": folder}, "is where the data are"),
     ):
         status, _, errors = score(*arguments, **changes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ctxlib.conversations.sources import BadRow, is_hub_dataset, rows
 from ctxlib.conversations.types import Conversation, Message
-from ctxlib.files import read_text
+from ctxlib.files import read_text, text_files
 from ctxlib.params import InputError, expanded
 
 
@@ -26,7 +26,7 @@ def load_raw_texts(source: str | Path, *, split: str = "train", revision: str | 
 def _texts(source: str | Path, split: str, revision: str | None) -> Iterator[tuple[str, str]]:
     """Each text with its place in words."""
     path = expanded(source)
-    plain = [path] if path.suffix.lower() == ".txt" else sorted(path.glob("*.[tT][xX][tT]"))
+    plain = [path] if path.suffix.lower() == ".txt" else text_files(path)
     if plain and not is_hub_dataset(source):
         yield from ((file.name, read_text(file)) for file in plain)
         return

@@ -118,10 +118,10 @@ def rows(source: str | Path, split: str, revision: str | None) -> Iterator[tuple
     if is_hub_dataset(source):
         yield from hub_rows(str(source), split, "or name a local .json, .jsonl or .parquet file", revision)
         return
-    files = data_files(source)
-    for path in files:
+    in_folder = expanded(source).is_dir()
+    for path in data_files(source):
         for place, row in file_rows(path):
-            yield (place if len(files) == 1 else f"{path.name}, {place}"), row
+            yield (f"{path.name}, {place}" if in_folder else place), row
 
 
 def hub_rows(name: str, split: str, remedy: str, revision: str | None = None) -> Iterator[tuple[str, object]]:

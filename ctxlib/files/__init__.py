@@ -20,6 +20,7 @@ from ctxlib.files.downloads import (
     read_json,
     read_json_object,
     read_text,
+    text_files,
 )
 from ctxlib.files.hashes import digest, file_digest
 
@@ -41,6 +42,7 @@ __all__ = [
     "read_json_object",
     "read_text",
     "replacing",
+    "text_files",
     "to_json",
     "write",
 ]

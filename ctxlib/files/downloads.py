@@ -2,6 +2,7 @@
 
 import json
 import socket
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,15 @@ def read_text(path: Path, remedy: str = AGAIN) -> str:
         if error.end == len(content) and error.reason == "unexpected end of data":
             raise InputError(f"{path}: cut short, it ends within a character; {AGAIN}") from error
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8, or {remedy}") from error
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The folder's .txt files in the order of their names; a warning names any other file there that is not hidden."""
+    inside = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    files = [path for path in inside if path.suffix.lower() == ".txt"]
+    if files and (unread := [path.name for path in inside if path not in files]):
+        warnings.warn(f"{folder}: not read, as they are no .txt files: {', '.join(unread)}", stacklevel=3)
+    return files
 
 
 def read_json(path: Path, remedy: str = AGAIN) -> Any:

@@ -138,12 +138,13 @@ def raw_text_examples(
     A text is a conversation, so what stands in an answer carries labels: plain text is one answer, and all of it does.
     A longer text continues in the next piece. Raises InputError if there are fewer pieces than `n`.
     """
+    end_ids = end_of_turn_ids(tokenizer)
     examples: list[TrainingExample] = []
     for text in raw_texts:
         if len(examples) >= n:
             break
         rendered = role_map(tokenizer, text.messages, template=False)
-        labels = torch.where(supervised_mask(rendered, variant, end_of_turn_ids(tokenizer)), rendered.ids, IGNORED)
+        labels = torch.where(supervised_mask(rendered, variant, end_ids), rendered.ids, IGNORED)
         parts = (part.split(max_length) for part in (rendered.ids, labels, rendered.roles))
         pieces = (TrainingExample(*piece) for piece in zip(*parts, strict=True))
         examples += [piece for piece in pieces if (piece.labels[1:] != IGNORED).any()]

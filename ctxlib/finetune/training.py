@@ -107,7 +107,7 @@ def finetune(
     recorded |= {"indicator": indicator, "freeze_indicator": freeze_indicator, "max_length": max_length, "seed": seed}
     recorded |= {
         "processes": processes.num_processes,
-        "packing": settings.packing or (settings.packing is None and cuda),
+        "packing": settings.packs(cuda),
     }
     tokenizer, n_tokens = deepcopy(tokenizer), len(tokenizer)
     indicator_id = None if indicator is None else add_indicator_token(tokenizer, indicator)

@@ -15,7 +15,7 @@ ITEMS = (
     ("Table 2", "the data", "dataset", PRINTED),
     ("Table 3", "vanilla against indicator fine-tuning", "evaluation", PRINTED),
     ("Table 4", "hyperparameters", None, f"{GIVEN} params/*.yaml"),
-    ("Tables 5, 6", "prompts for SQuAD, QuAC, DROP", None, f"{GIVEN} ctxlib/questions/qa"),
+    ("Tables 5, 6", "prompts for SQuAD, QuAC, DROP", None, f"{GIVEN} ctxlib/questions/qa.py"),
     ("Table 7", "needles recalled by official models", "needle_recall", PRINTED),
     ("Table 8", "prompts for needles", None, f"{GIVEN} ctxlib/questions/needle.py"),
     ("Table 9", "other thresholds", "evaluation", PRINTED),

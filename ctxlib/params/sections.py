@@ -139,6 +139,10 @@ class Finetune(Section):
     gradient_checkpointing: bool | None = Field(None, description="Slower, in less memory; by default on CUDA.")
     save_every: Count = Field(100, description="Steps per checkpoint, from which an interrupted run resumes.")
 
+    def packs(self, cuda: bool) -> bool:
+        """Whether a batch is laid out as one row: by default on CUDA alone."""
+        return cuda if self.packing is None else self.packing
+
     @property
     def raw_text_per_conversation(self) -> float:
         return self.raw_text_share / (1 - self.raw_text_share)

@@ -3,7 +3,6 @@
 import io
 import random
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxlib.allocation import attention_allocation, mean_over_heads
 from ctxlib.conversations import Message, Question
-from ctxlib.files import read_text
+from ctxlib.files import read_text, text_files
 from ctxlib.params import InputError, Variant
 from ctxlib.roles import Groups, RoleMap, split_user
 
@@ -80,11 +79,7 @@ def read_haystack(folder: Path, variant: Variant = "standard") -> list[str]:
     Other files are not read, with a warning that names them. Raises InputError if there is no text, and for a file that
     is not readable or something else than text.
     """
-    inside = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
-    files = [path for path in inside if path.suffix.lower() == ".txt"]
-    if files and (unread := [path.name for path in inside if path not in files]):
-        warnings.warn(f"{folder}: not read, as they are no .txt files: {', '.join(unread)}", stacklevel=2)
-    texts = [read_text(file) for file in files]
+    texts = [read_text(file) for file in text_files(folder)]
     if variant == "authors_code":
         lines = (line for text in texts for line in io.StringIO(text, newline=None))
         sentences = re.split(r"(?<=[.!?]) ", "".join(f"{line[:-1]} " for line in lines))

@@ -49,7 +49,7 @@ def footprints(params: Params, models: Mapping[str, Source], texts: Mapping[str,
         rank=tuning.lora_rank,
         dropout=tuning.lora_dropout,
         checkpointing=tuning.gradient_checkpointing is not False,
-        packing=tuning.packing is not False,
+        packing=tuning.packs(cuda=True),
     )
     compared = {"weights": 2 * loaded["pretrained"] + tuned, "adapter": adapter}
     compared |= {"activations": 3 * 4 * pretrained.vocabulary * pretrained.width}

@@ -38,7 +38,7 @@ def steps(params: Params, texts: Mapping[str, Texts], times: Mapping[str, float]
     """
     section, chats = params.finetune, texts["conversations"]
     trained = (section if params.raw_text else section.model_copy(update={"raw_text_share": 0.0})).examples(chats.n)
-    packs = section.packing is not False and section.batch_size > 1  # null: on a GPU, which is planned for
+    packs = section.packs(cuda=True) and section.batch_size > 1
     packed = 2 * section.batch_size * chats.length if packs else None
     padded = padding(section, chats.lengths)
     found = [Step("scoring", "conversations", times.get("conversations", 1) * chats.n, chats.length)]
@@ -82,7 +82,7 @@ def padding(section: Finetune, lengths: Sequence[int]) -> float:
 
     Uses the order in which `finetune` takes conversations, drawn from a sample of `lengths`; 1 if none is known.
     """
-    if section.packing is not False or section.batch_size == 1 or not lengths:
+    if section.packs(cuda=True) or section.batch_size == 1 or not lengths:
         return 1.0
     effective = section.batch_size * section.gradient_accumulation
     n = 4 * BATCHES_GROUPED * effective
