@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ class Results:
 
         Returns the figure, without title and provenance.
         """
-        above = figure.text(0.5, 1.01, title, ha="center", va="bottom", fontsize=11)
+        characters = int(figure.get_figwidth() * 12)
+        lines = [part for line in title.split("\n") for part in textwrap.wrap(line, characters) or [""]]
+        above = figure.text(0.5, 1.01, "\n".join(lines), ha="center", va="bottom", fontsize=11)
         below = figure.text(0.0, -0.01, self.provenance, ha="left", va="top", fontsize=5, color="0.5")
         with mpl.rc_context({"svg.hashsalt": name}):
             for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):

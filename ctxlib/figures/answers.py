@@ -91,7 +91,7 @@ def _point_panels(
             if others is not None:
                 dots = others[(others[panel] == name) & others[row].isin(order)]
                 ax.plot(dots["value"], dots[row].map(order.index), mark, color=ink, ms=4, alpha=0.6, zorder=1)
-        ax.set(title=drawable(str(name)), xlabel=label.replace(" (", "\n("), ylabel=xlabel if row == x else "")
+        ax.set(title=drawable(str(name)), xlabel=label, ylabel=xlabel if row == x else "")
         ax.set_yticks(range(len(order)), names)
         ax.tick_params(axis="y", length=0)
         ax.grid()

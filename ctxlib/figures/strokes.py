@@ -111,7 +111,7 @@ def draw_heat(
         ax.tick_params(axis="y", length=0, rotation=0)
         ax.set(title="" if name is None else drawable(str(name)), xlabel="", ylabel="")
     shown = axes.flat[0].collections[0]
-    bar = fig.colorbar(shown, ax=axes, label=label.replace(" (", "\n("), aspect=28, pad=0.02)
+    bar = fig.colorbar(shown, ax=axes, label=label, aspect=28, pad=0.02)
     bar.outline.set_visible(False)
 
 

@@ -125,7 +125,26 @@ def finish(fig: Figure, note: str | None, legend: Sequence[Any] = (), *, subtitl
         drawn.set_in_layout(False)
     if note:
         fig.text(left, 0.07 / total, note, size=8, color=GREY, va="bottom")
+    _fit_words(fig)
     return fig
+
+
+def _fit_words(fig: Figure) -> None:
+    """Breaks titles and axis labels that are longer than their axes, so that neighbours never overlap."""
+    fig.get_layout_engine().execute(fig)
+    for ax in fig.axes:
+        width, height = ax.get_position().size * fig.get_size_inches()
+        ax.set_title(broken(ax.get_title("left"), int(width * 12)), loc="left")  # characters per inch of each font
+        ax.set_xlabel(broken(ax.get_xlabel(), int(width * 14)))
+        ax.set_ylabel(broken(ax.get_ylabel(), int(height * 14)))
+
+
+def broken(text: str, width: int) -> str:
+    """`text` in lines of at most `width` characters if a word is not longer, broken first before a unit in brackets."""
+    if max(map(len, text.split("\n"))) <= width:
+        return text
+    parts = text.replace(" (", "\n(").split("\n")
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, max(width, 8), break_long_words=False))
 
 
 def _legend_shape(labels: Sequence[str], width: float) -> tuple[int, int]:
