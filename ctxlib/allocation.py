@@ -100,6 +100,22 @@ def retrieval_head(without_template: pd.DataFrame) -> pd.DataFrame:
     return user.loc[best, HEAD_AXES].reset_index(drop=True)
 
 
+def retrieval_head_of_others(without_template: pd.DataFrame) -> pd.DataFrame:
+    """The head that attends most to the user's tokens in the mean over other examples: rows as `retrieval_head`.
+
+    The examples are halved by turns; each half takes, layer by layer, the head that was best on the other half. A head
+    chosen on the values that are then compared is biased to fall; this one is not. Raises InputError for one example.
+    """
+    user = without_template[without_template.role == "user"]
+    half = user.example.map({example: place % 2 for place, example in enumerate(sorted(user.example.unique()))})
+    if half.nunique() < 2:
+        raise InputError("one example: a head cannot be chosen on others; measure at least two")
+    means = user.groupby([half.rename("half"), "layer", "head"]).attention_allocation.mean().unstack("head")
+    best = means.idxmax(axis=1).rename("head").reset_index()
+    chosen = user[["example", "layer"]].assign(half=1 - half).drop_duplicates()
+    return chosen.merge(best, on=["half", "layer"])[HEAD_AXES].sort_values(HEAD_AXES, ignore_index=True)
+
+
 def at_heads(frame: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
     """The rows of a frame that belong to the given heads, as `retrieval_head` returns them."""
     return frame.merge(heads, on=HEAD_AXES, validate="many_to_one")

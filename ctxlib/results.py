@@ -1,6 +1,7 @@
 """Tables and figures into `outputs/<experiment>/` and back: results move between notebooks only as files."""
 
 import hashlib
+import html
 import io
 import json
 import math
@@ -59,9 +60,12 @@ class Results:
         self._table(frame, self.folder / "tables" / name, title, self.provenance)
         return self.show(frame, name)
 
-    def show(self, frame: pd.DataFrame, whole: str) -> "Shown":
-        """A frame as a notebook displays it: its first 12 rows, and a link to the table `whole` if there are more."""
-        return Shown(frame, f"tables/{whole}.csv")
+    def show(self, frame: pd.DataFrame, whole: str, *, folded: str | None = None) -> "Shown":
+        """A frame as a notebook displays it: its first 12 rows, and a link to the table `whole` if there are more.
+
+        With `folded` only these words are seen until they are clicked.
+        """
+        return Shown(frame, f"tables/{whole}.csv", folded)
 
     def figure(self, figure: Figure, name: str, title: str) -> Figure:
         """Writes `figures/<name>.png` (150 dpi) and `.svg`, with the title above and the provenance below.
@@ -176,14 +180,17 @@ class Results:
 class Shown:
     """A table in a notebook: at most 12 rows, 4 digits, and a link to the whole table if it is longer."""
 
-    def __init__(self, frame: pd.DataFrame, link: str) -> None:
-        self.frame, self.link = frame, link
+    def __init__(self, frame: pd.DataFrame, link: str, folded: str | None = None) -> None:
+        self.frame, self.link, self.folded = frame, link, folded
 
     def __repr__(self) -> str:
-        return self._repr_markdown_()
+        return _rows(self.frame, SHOWN_ROWS, f"[{self.link}]({self.link})")
 
     def _repr_markdown_(self) -> str:
-        return _rows(self.frame, SHOWN_ROWS, f"[{self.link}]({self.link})")
+        rows = repr(self)
+        if self.folded is None:
+            return rows
+        return f"<details><summary>{html.escape(self.folded)}</summary>\n\n{rows}\n\n</details>"
 
 
 def gather_claims(params: Params) -> list[Path]:

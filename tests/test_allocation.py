@@ -1,5 +1,7 @@
 """Allocation frames against loops over eager patterns, and against frames small enough to work out by hand."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from ctxlib.allocation import (
     mean_over_heads,
     renormalise,
     retrieval_head,
+    retrieval_head_of_others,
     role_shift,
 )
 from ctxlib.params import InputError
@@ -148,6 +151,27 @@ def test_retrieval_head_is_the_head_with_most_attention_to_the_user():
     chosen = at_heads(frame, heads)
     assert len(chosen) == 6
     assert (chosen[chosen.role == "user"].attention_allocation == 0.6).all()
+
+
+def test_a_head_chosen_on_other_prompts_is_that_of_the_other_half_by_a_loop():
+    rng = np.random.default_rng(0)
+    parts = []
+    for example, layer in itertools.product((3, 5, 6, 8, 9), (0, 1)):
+        shares = {head: (user := rng.uniform(), 1 - user) for head in range(4)}
+        shares = {head: dict(zip(("user", "bos"), pair, strict=True)) for head, pair in shares.items()}
+        parts.append(frame_of(shares, layer=layer, example=example))
+    frame = pd.concat(parts, ignore_index=True)
+    halves = [(3, 6, 9), (5, 8)]
+    expected = []
+    for mine, others in (halves, halves[::-1]):
+        for example, layer in itertools.product(mine, (0, 1)):
+            of_layer = frame[(frame.layer == layer) & (frame.role == "user") & frame.example.isin(others)]
+            means = {head: part.attention_allocation.mean() for head, part in of_layer.groupby("head")}
+            expected.append([example, layer, max(means, key=means.get)])
+    heads = retrieval_head_of_others(frame)
+    assert heads[["example", "layer", "head"]].to_numpy().tolist() == sorted(expected)
+    with pytest.raises(InputError, match="at least two"):
+        retrieval_head_of_others(frame[frame.example == 3])
 
 
 def test_mean_over_heads_keeps_examples_layers_and_roles():

@@ -138,6 +138,39 @@ def test_other_models_are_shown_below_the_papers_rows_without_a_difference(tmp_p
     assert pairs.row[pairs.side == "paper"].nunique() == 9
 
 
+def test_means_over_seeds_stand_in_tables_1_3_7_and_9_with_intervals_from_five_seeds_on(tmp_path):
+    asked = ["pretrained, raw text", "vanilla, template", "vanilla, raw text", "vanilla, steered"]
+    asked += ["indicator, template + [IND]", "indicator, template"]
+    seeds = pd.concat(
+        values(condition=asked, metric=metric, value=np.arange(6) / 10 + place / 100)
+        for place, metric in enumerate(["NIH recall", "NIH recall, contradicting", "known facts"])
+    ).assign(n=5)
+    threshold = values(
+        condition=["β = 0.4, [IND]", "β = 0.4, template", "vanilla, template", "top 10%, [IND]"],
+        metric="passage QA",
+        value=[0.1, 0.2, 0.3, 0.4],
+    ).assign(n=3)
+    write(tmp_path, "evidence.yaml", {"seeds": seeds, "threshold": threshold})
+    beside = paper.compare(paper.experiments(tmp_path))
+    ours = beside[beside.ours.notna()].set_index(["table", "condition", "metric"])
+    told = {key: round(value, 4) for key, value in ours.ours.items()}
+    assert told == {
+        ("1", paper.IN_TEMPLATE, "nih (contradicting)"): 0.11,
+        ("1", paper.STEERED, "nih (contradicting)"): 0.31,
+        ("3", VANILLA, "nih"): 0.1,
+        ("3", INDICATED, "nih"): 0.4,
+        ("7", paper.PRETRAINED, "nih (contradicting)"): 0.01,
+        ("7", paper.IN_TEMPLATE, "nih (contradicting)"): 0.11,
+        ("7", paper.IN_RAW, "nih (contradicting)"): 0.21,
+        ("9", INDICATED, "passages"): 0.1,
+        ("9", VANILLA, "passages"): 0.3,
+    }
+    assert ours.difference.isna().all() and ours.seed.isna().all()
+    assert list(ours.loc["9"].threshold) == [0.4, 1.0]
+    assert ours.loc["9"].ci_low.isna().all() and ours.loc[["1", "3", "7"]].ci_low.notna().all()
+    assert ours.note.loc["1"].str.contains("mean over 5 seeds; steered with α = 0.03").all()
+
+
 def test_an_experiment_of_which_little_ran_has_fewer_rows_and_nothing_else(matching):
     whole = paper.compare(paper.experiments(matching.parent))
     (matching / "tables" / "passages.csv").unlink()

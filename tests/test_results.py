@@ -112,6 +112,13 @@ def test_a_table_is_shown_with_twelve_rows_at_most_and_a_link_to_all(params):
         assert ("[tables/long.csv](tables/long.csv)" in text) == (rows > 12)
 
 
+def test_a_folded_table_shows_its_words_first_and_escapes_them(params):
+    shown = open_results(params, "01_test").show(pd.DataFrame({"n": [1]}), "all", folded="the <paper>'s")
+    text = shown._repr_markdown_()
+    assert text.startswith("<details><summary>the &lt;paper&gt;&#x27;s</summary>\n\n") and text.endswith("</details>")
+    assert repr(shown) in text and "<" not in repr(shown)
+
+
 def test_claims_of_all_notebooks_appear_in_the_order_of_their_numbers(params):
     row = Estimate(0.5, 0.4, 0.6, 100)
     late, early = open_results(params, "04_late"), open_results(params, "01_early")

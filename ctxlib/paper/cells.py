@@ -11,6 +11,7 @@ from ctxlib.conversations import Corpus
 from ctxlib.paper import printed
 from ctxlib.paper.outputs import VALUES, Experiment, needle_rows, stack
 from ctxlib.paper.printed import ALPHA, INDICATED, SQUAD_QUAC_DROP, VANILLA
+from ctxlib.paper.seeds import over_seeds
 
 OURS = [*printed.KEYS, "ours", "ci_low", "ci_high", "n", "same", "note"]
 BESIDE = [*printed.KEYS, "paper", "ours", "difference", "ci_low", "ci_high", "n", "seed", "experiment", "note"]
@@ -29,11 +30,14 @@ def measured(experiment: Experiment) -> pd.DataFrame:
     """What an experiment measured, under the keys of `paper.tables`: OURS, plus seed and experiment.
 
     `same`: whether it is the paper's quantity, so that the difference is meaningful; `note` what else differs, or
-    why not. Rates are fractions in [0, 1], the intervals those of the tables (95 %).
+    why not. Rates are fractions in [0, 1], the intervals those of the tables (95 %). Means over seeds (`over_seeds`)
+    are nobody's row: `n` counts seeds there, and `seed` is blank.
     """
     parts = [*_steering(experiment), *_dataset(experiment), *_main(experiment), *_official(experiment)]
-    rows = stack([*parts, *_fractions(experiment)], OURS)
-    return rows.reindex(columns=OURS).assign(seed=experiment.setting("seed"), experiment=experiment.name)
+    one_seed = stack([*parts, *_fractions(experiment)], OURS).assign(seed=experiment.setting("seed"))
+    several = stack([rows.assign(same=False, seed=pd.NA) for rows in over_seeds(experiment)], [*OURS, "seed"])
+    rows = stack([one_seed, several], [*OURS, "seed"])
+    return rows.reindex(columns=[*OURS, "seed"]).assign(experiment=experiment.name)
 
 
 def compare(found: Sequence[Experiment]) -> pd.DataFrame:

@@ -25,6 +25,8 @@ TABLES = {  # tables read of an experiment, and their required columns
     "evaluation_changes": ("template", "task", "after", "before", "metric", *VALUES),
     "passages": ("condition", "template", "dataset", "metric", *VALUES),
     "steering_against_indicator": ("treatment", "heads", "layer", *VALUES),
+    "seeds": ("condition", "metric", *VALUES),
+    "threshold": ("condition", "metric", *VALUES),
 }
 
 
