@@ -607,6 +607,15 @@ def test_selection_agrees_with_precision_and_recall():
     assert (table.ci_low <= table.ci_high).all()
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [(0.1, 0.2, "holds"), (-0.2, -0.1, "does not hold"), (-0.1, 0.1, "not decided"), (0.0, 0.1, "not decided"),
+     (np.nan, np.nan, "no interval")],
+)  # fmt: skip
+def test_a_verdict_is_on_one_side_only_if_the_whole_interval_is(low, high, says):
+    assert metrics.verdict(low, high, 0) == says
+
+
 def test_curves_and_thresholds_agree_with_counting():
     truth = np.array([True, False, True, False, False, True])
     score = np.array([0.9, 0.8, 0.7, 0.6, 0.2, 0.6])

@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ctxlib import metrics
 from ctxlib.figures.style import GREEN, GREY, INK, ORANGE, RED, drawable, finish, footnote, new_figure, styled
-from ctxlib.metrics import holds, in_words
 
 _VERDICTS = {  # colour and marker
     "holds": (GREEN, "o"),
@@ -50,7 +50,7 @@ def forest(
             colour, marker = _VERDICTS[verdict]
             ax.plot([mean.ci_low, mean.ci_high], [place] * 2, color=colour, lw=2.4, solid_capstyle="round", zorder=3)
             ax.plot(mean.value, place, marker, color=colour, ms=7.5, mec="white", mew=0.9, zorder=4)
-        words = in_words(mean, ".3f", of="n") if verdict in _VERDICTS else str(verdict)
+        words = metrics.in_words(mean, ".3f", of="n") if verdict in _VERDICTS else str(verdict)
         ax.annotate(words, (1.02, place), annotation_clip=False, **at_right)
     ax.axvline(0, color="#BDBDBD", lw=0.8, zorder=0)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
@@ -60,13 +60,9 @@ def forest(
 
 
 def _verdict(mean: tuple) -> str:
-    if pd.isna(mean.ci_low):
-        return "no interval"
-    if hasattr(mean, "holds"):
+    if hasattr(mean, "holds") and not pd.isna(mean.ci_low):
         return "holds" if mean.holds else "does not hold"
-    if holds(mean.ci_low, mean.ci_high, mean.threshold):
-        return "holds"
-    return "does not hold" if holds(mean.ci_low, mean.ci_high, mean.threshold, "below") else "not decided"
+    return metrics.verdict(mean.ci_low, mean.ci_high, mean.threshold)
 
 
 def _legend(

@@ -40,6 +40,7 @@ from ctxlib.metrics.intervals import (
     seed_differences,
     summarise,
     summarise_each,
+    verdict,
     wilson_interval,
 )
 from ctxlib.metrics.separation import (
@@ -103,5 +104,6 @@ __all__ = [
     "summarise_each",
     "token_f1",
     "until_stop",
+    "verdict",
     "wilson_interval",
 ]

@@ -38,6 +38,18 @@ def holds(low: int | float, high: int | float, threshold: int | float, side: Sid
     return bool(low > threshold if side == "above" else high < threshold)
 
 
+def verdict(low: int | float, high: int | float, threshold: int | float) -> str:
+    """What an interval says of a claim that the value lies above the threshold, in the words of tables and figures.
+
+    "holds" (`holds`), "does not hold" (all of it below), "not decided" (the threshold in it), or "no interval".
+    """
+    if pd.isna(low):
+        return "no interval"
+    if holds(low, high, threshold):
+        return "holds"
+    return "does not hold" if holds(low, high, threshold, "below") else "not decided"
+
+
 def in_words(row: Any, spec: str = "+.2f", *, of: str | None = None, p: bool = False) -> str:
     """A mean and its interval for a sentence: "+0.12 [+0.08, +0.16]"; without the brackets if there is no interval.
 
