@@ -67,25 +67,27 @@ class Results:
         """
         return Shown(frame, f"tables/{whole}.csv", folded)
 
-    def figure(self, figure: Figure, name: str, title: str) -> Figure:
+    def figure(self, figure: Figure, name: str, title: str) -> "Drawn":
         """Writes `figures/<name>.png` (150 dpi) and `.svg`, with the title above and the provenance below.
 
-        Returns the figure, without title and provenance.
+        Returns the PNG as a notebook displays it, with the title as its alternative text.
         """
         characters = int(figure.get_figwidth() * 12)
         lines = [part for line in title.split("\n") for part in textwrap.wrap(line, characters) or [""]]
         above = figure.text(0.5, 1.01, "\n".join(lines), ha="center", va="bottom", fontsize=11)
         below = figure.text(0.0, -0.01, self.provenance, ha="left", va="top", fontsize=5, color="0.5")
+        pictures = {}
         with mpl.rc_context({"svg.hashsalt": name}):
             for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 content = io.BytesIO()
                 figure.savefig(
                     content, format=suffix, dpi=150, bbox_inches="tight", metadata={"Title": title, **metadata}
                 )
-                self.record_output(write(self.folder / "figures" / f"{name}.{suffix}", content.getvalue()))
+                pictures[suffix] = content.getvalue()
+                self.record_output(write(self.folder / "figures" / f"{name}.{suffix}", pictures[suffix]))
         above.remove()
         below.remove()
-        return figure
+        return Drawn(pictures["png"], title)
 
     def read_table(self, name: str) -> pd.DataFrame:
         """A table that this or an earlier notebook wrote; InputError if there is none.
@@ -175,6 +177,20 @@ class Results:
 
     def _write_journal(self) -> None:
         write(self.work / "journal" / f"{self.notebook}.json", to_json(self._journal))
+
+
+class Drawn:
+    """A figure in a notebook: a PNG at two thirds of its pixels, and its title for those who do not see it."""
+
+    def __init__(self, png: bytes, title: str) -> None:
+        self.png, self.title = png, title
+
+    def __repr__(self) -> str:
+        return self.title
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
+        width = int.from_bytes(self.png[16:20], "big")  # pixels, in the header of every PNG
+        return self.png, {"alt": " ".join(self.title.split()), "width": width * 2 // 3}
 
 
 class Shown:

@@ -168,6 +168,7 @@ def test_means_over_seeds_stand_in_tables_1_3_7_and_9_with_intervals_from_five_s
     }
     assert ours.difference.isna().all() and ours.seed.isna().all()
     assert list(ours.loc["9"].threshold) == [0.4, 1.0]
+    assert set(paper.pairs(beside).row[paper.pairs(beside).side == "evidence"]) == {"evidence, 5 seeds"}
     assert FEWEST_SEEDS == metrics.FEWEST_SEEDS
     assert ours.loc["9"].ci_low.isna().all() and ours.loc[["1", "3", "7"]].ci_low.notna().all()
     assert ours.note.loc["1"].str.contains("mean over 5 seeds; steered with α = 0.03").all()

@@ -1,7 +1,9 @@
 import hashlib
+import io
 import json
 from pathlib import Path
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -27,8 +29,12 @@ def sha256(path: Path) -> str:
 def draw(name: str, results) -> None:
     figure, axes = plt.subplots(layout="constrained")
     axes.plot([1, 2, 4])
-    assert results.figure(figure, name, "A line") is figure
+    drawn = results.figure(figure, name, "A line")
     assert not figure.texts
+    shown, metadata = drawn._repr_png_()
+    assert shown == (results.folder / "figures" / f"{name}.png").read_bytes()
+    assert metadata == {"alt": "A line", "width": mpl.image.imread(io.BytesIO(shown)).shape[1] * 2 // 3}
+    assert repr(drawn) == "A line"
     plt.close(figure)
 
 

@@ -79,6 +79,8 @@ def pairs_beside(
     sides = {"paper": GREY, "ours, with its 95 % interval": BLUE}
     legend += [Line2D([], [], color=colour, lw=1.6, label=side) for side, colour in sides.items()]
     note = (
-        f"scales differ · ours: {footnote(None, frame.dropna(subset='n'), 'questions')}" if frame["n"].any() else None
+        f"scales differ · ours: {footnote(None, frame.dropna(subset='n'), 'questions or seeds')}"
+        if frame["n"].any()
+        else None
     )
     return finish(fig, note, legend)

@@ -78,7 +78,8 @@ def pairs(beside: pd.DataFrame) -> pd.DataFrame:
     theirs = rows[rows.paper.notna()].drop_duplicates(printed.KEYS)
     theirs = theirs.assign(side="paper", value=theirs.paper, ci_low=np.nan, ci_high=np.nan, n=pd.NA)
     ours = rows[rows.ours.notna()]
-    own_row = ours.row.where(ours.paper.notna(), ours.experiment)
+    named_so = ours.experiment.where(ours.seed.notna(), ours.experiment + ", " + ours.n.astype(str) + " seeds")
+    own_row = ours.row.where(ours.paper.notna(), named_so)
     named = [theirs, ours.assign(side=ours.experiment, value=ours.ours, row=own_row)]
     shown = stack(named, []).assign(panel=lambda frame: frame.metric.map(panels))
     order = {name: place for place, name in enumerate(panels.values())}
