@@ -167,13 +167,20 @@ def _announce(check: str) -> None:
 
 
 @app.command
-def miniature(*, out: Annotated[Path, option("Folder for the two models; an interrupted run resumes there.")]) -> None:
-    """Train both models of the miniature from scratch and write their cards."""
+def miniature(
+    *,
+    out: Annotated[Path, option("Folder for the models; an interrupted run resumes there.")],
+    adapters: Annotated[Path | None, option("Instead: copy and examine the adapters that 03 wrote here.")] = None,
+) -> None:
+    """Train the two whole models of the miniature from scratch and write their cards.
+
+    With `--adapters outputs/miniature/work/models`, add the two adapters of notebook 03 to the models in `out`.
+    """
     from ctxlib.files import check_writable
-    from ctxlib.miniature.build import build
+    from ctxlib.miniature.build import build, ship_adapters
 
     check_writable(expanded(out))
-    build(expanded(out))
+    build(expanded(out)) if adapters is None else ship_adapters(expanded(adapters), expanded(out))
 
 
 @app.command
