@@ -230,7 +230,7 @@ def test_the_shipped_adapters_lose_and_regain_reading_as_their_cards_say():
             subject, questions, template=template, indicator=token, use_prefix=False, max_new_tokens=24,
             batch_size=60, stop_text=None if template else PLAIN_SEPARATOR, progress=False,
         )  # fmt: skip
-        found = (score_answers(told, questions).needle_recall == 1).sum()
+        found = int((score_answers(told, questions).needle_recall == 1).sum())
         low, high = wilson_interval(found, len(questions))
         card = json.loads((MODELS / name / "card.json").read_text())
         (said,) = [row for row in card["measures"] if row["measure"] == measure]
