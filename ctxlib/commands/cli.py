@@ -183,6 +183,36 @@ def miniature(
     build(expanded(out)) if adapters is None else ship_adapters(expanded(adapters), expanded(out))
 
 
+@app.command(name="class")
+def class_forms(
+    *,
+    out: Annotated[Path, option("Folder for student/, solutions/ and colab/.")] = Path("class"),
+    masters: Annotated[Path, option("Folder of the masters.")] = Path("class/master"),
+    seed: Annotated[Seed, option("Of the needles: another one gives other numbers than the published solutions.")] = 0,
+) -> None:
+    """Write the student's, the solution's and the Colab form of every exercise of the class."""
+    from ctxlib.teaching.split import write_forms
+
+    for file in write_forms(expanded(masters), expanded(out), seed=seed):
+        print(file)
+
+
+@app.command
+def view(*, out: Annotated[Path, option("The HTML file.")] = Path("site/attention.html")) -> None:
+    """Write the attention view: six prompts, every head and token, in one HTML file that loads nothing."""
+    from ctxlib.teaching.view import write_view
+
+    print(write_view(expanded(out)))
+
+
+@app.command
+def site(*, out: Annotated[Path, option("Folder for the pages.")] = Path("site")) -> None:
+    """Write the static site of the class: notebooks with stored outputs, exercises, pages. Nothing is executed."""
+    from ctxlib.teaching.site import build_site
+
+    print(f"{len(build_site(expanded(out)))} pages: {out / 'index.html'}")
+
+
 @app.command
 def score(
     *,

@@ -198,7 +198,7 @@ def _compare(name: str, got: Tensor, right: Tensor, wrong: Mapping[str, Tensor],
     """Raises AssertionError unless they agree, with the mistake whose values were got, if it is one of the known."""
 
     def same(one: Tensor, other: Tensor) -> bool:
-        return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=tolerance)
+        return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance)
 
     if same(got, right):
         return
