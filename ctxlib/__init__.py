@@ -22,10 +22,11 @@ only one room needs lies inside it.
     miniature      the invented town and its models
     experiment     what one experiment reads: from the miniature or from your files
 
-Two wings, which the story's notebooks do without:
+Three wings, which the story's notebooks do without:
 
     evidence       many fine-tunings at several seeds, for the notebooks from 06 on
-    commands       the command line: run, reproduce, plan, doctor, rehearse, score, mark, finetune, mt-bench
+    teaching       the class: checks of its exercises, their forms, the attention view, the site
+    commands       the command line: run, reproduce, plan, doctor, rehearse, score, mark, finetune, mt-bench, class
 """
 
 import logging

@@ -69,7 +69,8 @@ def test_a_model_of_the_miniature_is_found_by_its_name_and_any_other_name_is_lef
     for wrong in ("miniature:", "miniature:../models/instruct"):
         with pytest.raises(InputError, match="no such model"):
             model_source(wrong)
-    with pytest.raises(InputError, match=r"miniature:nobody: .* it has miniature:instruct and miniature:pretrained"):
+    there = "miniature:indicator, miniature:instruct, miniature:pretrained, miniature:vanilla"
+    with pytest.raises(InputError, match=rf"miniature:nobody: .* it has {there}"):
         experiment.model_path(ours, "instruct")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -9,13 +11,16 @@ from hypothesis import strategies as st
 
 from ctxlib.files import file_digest
 from ctxlib.finetune import training_examples
-from ctxlib.miniature import MODELS, domains, texts
-from ctxlib.miniature.build import SHARES
+from ctxlib.generate import answer_questions
+from ctxlib.metrics import score_answers, wilson_interval
+from ctxlib.miniature import MODELS, domains, model_source, texts
+from ctxlib.miniature.build import SHARES, ship_adapters
 from ctxlib.miniature.pretrain import IGNORED, Recipe, encode, learning_rate, pretrain
 from ctxlib.miniature.tokenizer import build_tokenizer
 from ctxlib.miniature.town import KNOWN_NAMES, NEWCOMER_NAMES, RELATIONS, Town, is_fact_sentence, random_fact
-from ctxlib.models import load_tokenizer
-from ctxlib.params import load_params
+from ctxlib.models import Subject, adapter_base, load_model, load_tokenizer, model_hash
+from ctxlib.params import InputError, load_params
+from ctxlib.roles import PLAIN_SEPARATOR
 
 TOWN = Town()
 TOKENIZER = build_tokenizer()
@@ -188,17 +193,58 @@ def test_a_killed_pretraining_goes_on_and_ends_with_the_same_weights(tmp_path, m
     assert file_digest(tmp_path / "killed/model.safetensors") == file_digest(tmp_path / "whole/model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["pretrained", "instruct"])
+@pytest.mark.parametrize("name", ["pretrained", "instruct", "vanilla", "indicator"])
 def test_a_shipped_model_is_the_one_its_card_describes(name):
     card = json.loads((MODELS / name / "card.json").read_text())
     assert {file: file_digest(MODELS / name / file) for file in card["sha256"]} == card["sha256"]
     shipped = load_tokenizer(MODELS / name)
-    assert shipped.get_vocab() == TOKENIZER.get_vocab()
+    new = {"[IND]": len(TOKENIZER)} if name == "indicator" else {}
+    assert shipped.get_vocab() == TOKENIZER.get_vocab() | new
     assert shipped.chat_template == TOKENIZER.chat_template
 
 
-def test_the_models_take_less_than_ten_megabytes():
-    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 10e6
+def test_a_shipped_adapter_finds_its_base_wherever_the_package_lies(tmp_path, monkeypatch):
+    shutil.copytree(MODELS, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for name in ("vanilla", "indicator"):
+        moved = tmp_path / "elsewhere" / name
+        assert adapter_base(moved) == str(tmp_path / "elsewhere" / "pretrained")
+        assert model_hash(moved) == model_hash(MODELS / name)
+        text = "".join(file.read_text() for file in moved.glob("*.json"))
+        assert not re.search(r'"/|"[A-Z]:\\', text)  # no path of the machine that trained it
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+def test_the_shipped_adapters_lose_and_regain_reading_as_their_cards_say():
+    """Contradicting needles; the cards were measured on others, so both intervals must meet."""
+    questions = texts.needles(TOWN, [100, 200], [0, 50, 100], 10, 7, ["contradicting"])
+    ways = {
+        ("vanilla", "contradicting needle, chat"): (True, None),
+        ("vanilla", "contradicting needle, raw text"): (False, None),
+        ("indicator", "contradicting needle, chat + [IND]"): (True, "[IND]"),
+    }
+    for (name, measure), (template, token) in ways.items():
+        folder = model_source(f"miniature:{name}")
+        subject = Subject(name, load_model(folder), load_tokenizer(folder), name)
+        told = answer_questions(
+            subject, questions, template=template, indicator=token, use_prefix=False, max_new_tokens=24,
+            batch_size=60, stop_text=None if template else PLAIN_SEPARATOR, progress=False,
+        )  # fmt: skip
+        found = int((score_answers(told, questions).needle_recall == 1).sum())
+        low, high = wilson_interval(found, len(questions))
+        card = json.loads((MODELS / name / "card.json").read_text())
+        (said,) = [row for row in card["measures"] if row["measure"] == measure]
+        assert low <= said["ci_high"] and said["ci_low"] <= high, (name, measure, found)
+
+
+def test_an_adapter_is_shipped_whole_and_only_where_there_is_one(tmp_path):
+    with pytest.raises(InputError, match=r"no adapter 'vanilla' there; run notebook 03"):
+        ship_adapters(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_models_take_less_than_eleven_megabytes():
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 11e6
 
 
 def test_the_miniatures_params_fine_tune_on_what_instruct_was_made_of():

@@ -167,13 +167,50 @@ def _announce(check: str) -> None:
 
 
 @app.command
-def miniature(*, out: Annotated[Path, option("Folder for the two models; an interrupted run resumes there.")]) -> None:
-    """Train both models of the miniature from scratch and write their cards."""
+def miniature(
+    *,
+    out: Annotated[Path, option("Folder for the models; an interrupted run resumes there.")],
+    adapters: Annotated[Path | None, option("Instead: copy and examine the adapters that 03 wrote here.")] = None,
+) -> None:
+    """Train the two whole models of the miniature from scratch and write their cards.
+
+    With `--adapters outputs/miniature/work/models`, add the two adapters of notebook 03 to the models in `out`.
+    """
     from ctxlib.files import check_writable
-    from ctxlib.miniature.build import build
+    from ctxlib.miniature.build import build, ship_adapters
 
     check_writable(expanded(out))
-    build(expanded(out))
+    build(expanded(out)) if adapters is None else ship_adapters(expanded(adapters), expanded(out))
+
+
+@app.command(name="class")
+def class_forms(
+    *,
+    out: Annotated[Path, option("Folder for student/, solutions/ and colab/.")] = Path("class"),
+    masters: Annotated[Path, option("Folder of the masters.")] = Path("class/master"),
+    seed: Annotated[Seed, option("Of the needles: another one gives other numbers than the published solutions.")] = 0,
+) -> None:
+    """Write the student's, the solution's and the Colab form of every exercise of the class."""
+    from ctxlib.teaching.split import write_forms
+
+    for file in write_forms(expanded(masters), expanded(out), seed=seed):
+        print(file)
+
+
+@app.command
+def view(*, out: Annotated[Path, option("The HTML file.")] = Path("site/attention.html")) -> None:
+    """Write the attention view: six prompts, every head and token, in one HTML file that loads nothing."""
+    from ctxlib.teaching.view import write_view
+
+    print(write_view(expanded(out)))
+
+
+@app.command
+def site(*, out: Annotated[Path, option("Folder for the pages.")] = Path("site")) -> None:
+    """Write the static site of the class: notebooks with stored outputs, exercises, pages. Nothing is executed."""
+    from ctxlib.teaching.site import build_site
+
+    print(f"{len(build_site(expanded(out)))} pages: {out / 'index.html'}")
 
 
 @app.command

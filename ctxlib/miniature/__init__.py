@@ -1,4 +1,4 @@
-"""The embedded miniature: an invented town, its tokenizer, and the two models that are trained on it."""
+"""The embedded miniature: an invented town, its tokenizer, and its four models: two whole ones, two adapters."""
 
 from pathlib import Path
 
@@ -15,9 +15,10 @@ def model_source(name: str) -> str:
     """
     if locate(name) != "embedded" or ":" not in name:
         return name
-    embedded = {folder.parent.name: folder.parent for folder in sorted(MODELS.glob("*/config.json"))}
+    configs = (*MODELS.glob("*/config.json"), *MODELS.glob("*/adapter_config.json"))
+    embedded = {config.parent.name: config.parent for config in sorted(configs)}
     try:
         return str(embedded[name.removeprefix(PREFIX)])
     except KeyError:
-        names = " and ".join(f"{PREFIX}{one}" for one in embedded)
+        names = ", ".join(f"{PREFIX}{one}" for one in embedded)
         raise InputError(f"{name}: the miniature has no such model; it has {names}") from None

@@ -1,4 +1,9 @@
-"""Both shipped models from nothing, and their model cards: `ctxlib miniature --out DIR`."""
+"""The shipped models and their cards: `ctxlib miniature --out DIR`.
+
+`pretrained` and `instruct` are trained from nothing. `vanilla` and `indicator` are the adapters that notebook 03 trains
+on `params/miniature.yaml`: `make reproduce`, then `ctxlib miniature --out DIR --adapters outputs/miniature/work/models`
+copies and examines them.
+"""
 
 import json
 import time
@@ -9,15 +14,15 @@ import pandas as pd
 import torch
 
 from ctxlib.conversations import Question
-from ctxlib.files import file_digest, to_json, write
+from ctxlib.files import file_digest, read_json_object, to_json, write
 from ctxlib.finetune import finetune
 from ctxlib.generate import answer_questions
 from ctxlib.metrics import score_answers, wilson_interval
-from ctxlib.miniature import texts
+from ctxlib.miniature import PREFIX, texts
 from ctxlib.miniature.pretrain import Recipe, pretrain
 from ctxlib.miniature.town import Town
-from ctxlib.models import Subject, load_model, load_tokenizer
-from ctxlib.params import Finetune
+from ctxlib.models import BASE_FROM_HERE, Subject, load_model, load_tokenizer
+from ctxlib.params import TRAINED_MODELS, Finetune, InputError
 from ctxlib.roles import PLAIN_SEPARATOR
 
 # the same shares as in params/miniature.yaml: `instruct` is the model that such chat data produce
@@ -58,6 +63,27 @@ def build(out: Path, recipe: Recipe | None = None) -> None:
     _card(out / "instruct", examine_instruct(out / "instruct"))
 
 
+def ship_adapters(trained: Path, out: Path) -> None:
+    """Copies `vanilla` and `indicator`, adapters over `pretrained`, into `out`, where that model is, and examines them.
+
+    No path of the machine that trained them remains. Raises InputError for a folder without them.
+    """
+    for name in TRAINED_MODELS:
+        if not (trained / name / "adapter_config.json").is_file():
+            raise InputError(f"{trained}: no adapter '{name}' there; run notebook 03 first (make reproduce)")
+        config = read_json_object(trained / name / "adapter_config.json")
+        config["base_model_name_or_path"] = f"{PREFIX}pretrained"
+        config["target_modules"] = sorted(config["target_modules"])  # peft writes a set: every time in another order
+        record = read_json_object(trained / name / "finetune.json") | {BASE_FROM_HERE: "../pretrained"}
+        write(out / name / "adapter_config.json", to_json(config))
+        write(out / name / "finetune.json", to_json(record))
+        for file in ("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            write(out / name / file, (trained / name / file).read_bytes())
+        log = pd.read_csv(trained / name / "loss.csv")
+        write(out / name / "training.json", to_json({"recipe": record, "log": log.to_dict("records")}))
+        _card(out / name, examine_instruct(out / name, record["indicator"]), _MADE_BY_03)
+
+
 def examine_pretrained(folder: Path) -> pd.DataFrame:
     """Raw text: known facts, and needles in haystacks of up to 400 tokens."""
     needles = texts.needles(Town(), **EXAM)
@@ -69,30 +95,38 @@ def examine_pretrained(folder: Path) -> pd.DataFrame:
     return _measures(rows)
 
 
-def examine_instruct(folder: Path) -> pd.DataFrame:
-    """In the chat template: format, known facts; and the needles, with the template and without."""
+def examine_instruct(folder: Path, indicator: str | None = None) -> pd.DataFrame:
+    """In the chat template: format, known facts; and the needles, with the template and without.
+
+    With an `indicator` all is asked in the template once more, each question carrying it.
+    """
     needles = texts.needles(Town(), **EXAM)
     facts = texts.known_fact_questions(Town(), 512, EXAM["seed"])
     tasks = texts.instruction_questions(Town(), 500, EXAM["seed"])
-    chat = _answers(folder, [*needles, *facts, *tasks], template=True)
+    chats = {"chat": _answers(folder, [*needles, *facts, *tasks], template=True)}
+    if indicator:
+        chats[f"chat + {indicator}"] = _answers(folder, [*needles, *facts, *tasks], template=True, indicator=indicator)
     raw = _answers(folder, needles, template=False)
-    well_formed = (chat.answer_tokens < ANSWER_TOKENS) & chat.answer.str.fullmatch(r"[A-Za-z][^<>\n]*\.")
-    rows = [
-        ("follows the chat format", well_formed.astype(float)),
-        ("known facts, chat", chat[chat.family == "facts"].containment),
-        ("instruction tasks, chat", chat[chat.family == "instructions"].exact_match),
-    ]
+    well_formed = (chats["chat"].answer_tokens < ANSWER_TOKENS) & chats["chat"].answer.str.fullmatch(
+        r"[A-Za-z][^<>\n]*\."
+    )
+    rows = [("follows the chat format", well_formed.astype(float))]
+    for name, chat in chats.items():
+        rows.append((f"known facts, {name}", chat[chat.family == "facts"].containment))
+        rows.append((f"instruction tasks, {name}", chat[chat.family == "instructions"].exact_match))
     for kind in ("unknown", "contradicting"):
-        for name, frame in (("chat", chat), ("raw text", raw)):
+        for name, frame in {**chats, "raw text": raw}.items():
             rows.append((f"{kind} needle, {name}", (frame[frame.kind == kind].needle_recall == 1).astype(float)))
-    rows.append(("contradicting needle, chat: answers from memory", chat[chat.kind == "contradicting"].says_memory))
+    for name, chat in chats.items():
+        memory = chat[chat.kind == "contradicting"].says_memory
+        rows.append((f"contradicting needle, {name}: answers from memory", memory))
     return _measures(rows)
 
 
-def _answers(folder: Path, questions: list[Question], template: bool) -> pd.DataFrame:
+def _answers(folder: Path, questions: list[Question], template: bool, indicator: str | None = None) -> pd.DataFrame:
     answers = answer_questions(
         Subject(folder.name, load_model(folder), load_tokenizer(folder), folder.name), questions,
-        template=template, indicator=None, use_prefix=False, max_new_tokens=ANSWER_TOKENS, batch_size=64,
+        template=template, indicator=indicator, use_prefix=False, max_new_tokens=ANSWER_TOKENS, batch_size=64,
         stop_text=None if template else PLAIN_SEPARATOR,
     )  # fmt: skip
     return score_answers(answers, questions)
@@ -103,8 +137,18 @@ def _measures(rows: list[tuple[str, pd.Series]]) -> pd.DataFrame:
     return pd.DataFrame(measured, columns=["measure", "value", "ci_low", "ci_high", "n"])
 
 
-def _card(folder: Path, measures: pd.DataFrame) -> None:
-    """`card.json` for programs, `README.md` with the curve for people."""
+_MADE_BY_03 = (
+    "A LoRA adapter over `pretrained`, trained by notebook 03 on `params/miniature.yaml` (seed 0) over 4-bit weights "
+    "(QLoRA), as `finetune.json` says. `miniature:{name}` is the base model in float32 together with this adapter, and "
+    "so it was measured here; the notebooks ask over 4-bit weights. It is shipped for the class, which trains nothing. "
+    "Licence: Apache-2.0.",
+    "Made by `make reproduce`, then `ctxlib miniature --adapters outputs/miniature/work/models --out DIR`. On another "
+    "kind of processor the training rounds otherwise, and other weights come of it.",
+)
+
+
+def _card(folder: Path, measures: pd.DataFrame, told: tuple[str, str] | None = None) -> None:
+    """`card.json` for programs, `README.md` with the curve for people; `told`: what it is, and how it is made again."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     log = pd.DataFrame(training["log"])
     figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -121,7 +165,7 @@ def _card(folder: Path, measures: pd.DataFrame) -> None:
         "name": folder.name,
         "parameters": model.num_parameters(),
         "recipe": training["recipe"],
-        "seconds": round(training["seconds"]),
+        "seconds": round(training["seconds"]) if "seconds" in training else None,
         "tokens": training.get("tokens"),
         "torch_threads": torch.get_num_threads(),
         "measures": measures.round(4).to_dict("records"),
@@ -132,12 +176,16 @@ def _card(folder: Path, measures: pd.DataFrame) -> None:
         value=measures.value.map("{:.1%}".format),
         interval=[f"{row.ci_low:.1%} – {row.ci_high:.1%}" for row in measures.itertuples()],
     )[["measure", "value", "interval", "n"]]
-    lines = [
-        f"# Model card: `{folder.name}` of the miniature",
-        "",
+    what, made = told or (
         f"A `LlamaForCausalLM` of {model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} "
         f"minutes on {torch.get_num_threads()} CPU threads from nothing but the texts of the invented town. It knows "
         "the English of that town, and is of no use but for this package's experiments. Licence: Apache-2.0.",
+        "Retrained by `ctxlib miniature --out DIR`; an interrupted run resumes from its last checkpoint.",
+    )
+    lines = [
+        f"# Model card: `{folder.name}` of the miniature",
+        "",
+        what.replace("{name}", folder.name),
         "",
         "Greedy decoding; 95 % Wilson intervals. A needle counts when both words of its value are said.",
         "",
@@ -149,6 +197,6 @@ def _card(folder: Path, measures: pd.DataFrame) -> None:
         "",
         "Files: " + ", ".join(f"`{name}` sha256 `{digest[:16]}…`" for name, digest in hashes.items()),
         "",
-        "Retrained by `ctxlib miniature --out DIR`; an interrupted run resumes from its last checkpoint.",
+        made,
     ]
     write(folder / "README.md", "\n".join(lines) + "\n")
