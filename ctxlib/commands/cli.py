@@ -214,6 +214,23 @@ def site(*, out: Annotated[Path, option("Folder for the pages.")] = Path("site")
 
 
 @app.command
+def gguf(
+    file: Path,
+    folder: Path,
+    *,
+    sha256: Annotated[str | None, option("Refuse a file with another one.")] = None,
+) -> None:
+    """Make a model folder from a GGUF file, once: dequantised, with its tokenizer and chat template.
+
+    The folder appears whole or not at all. Its README.md states the file's sha256 and what its quantisation lost.
+    """
+    from ctxlib.models import convert_gguf
+
+    for line in convert_gguf(file, folder, sha256=sha256):
+        print(line)
+
+
+@app.command
 def score(
     *,
     model: Model,

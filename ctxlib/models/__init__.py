@@ -20,6 +20,7 @@ from ctxlib.models.folders import (
     model_hash,
     trained_over,
 )
+from ctxlib.models.gguf import convert_gguf
 
 __all__ = [
     "BASE_FROM_HERE",
@@ -30,6 +31,7 @@ __all__ = [
     "add_indicator",
     "add_indicator_token",
     "check_weights",
+    "convert_gguf",
     "embedding_changes",
     "is_adapter",
     "is_local",

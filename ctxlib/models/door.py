@@ -80,7 +80,7 @@ def memory_advice(settings: str, kept: str | Path | None = None) -> Iterator[Non
 
 
 @contextmanager
-def _opening(what: str, path: str | Path, revision: str | None = None) -> Iterator[None]:
+def opening(what: str, path: str | Path, revision: str | None = None) -> Iterator[None]:
     """Whatever a loader raises, as one line: TypeError, AttributeError, Rust's exceptions, there is no list."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report on the weights is replaced by our checks
@@ -131,7 +131,7 @@ def load_tokenizer(
         path, revision = adapter_base(path), revision or adapter_revision(path)
     if is_local(path):
         check_tokenizer_files(path)
-    with _opening("tokenizer", path, revision):
+    with opening("tokenizer", path, revision):
         tokenizer = AutoTokenizer.from_pretrained(
             source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
         )
@@ -212,7 +212,7 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedC
     if is_adapter(path):
         path = adapter_base(path)
         check_model_files(path)
-    with _opening("configuration (config.json)", path, revision):
+    with opening("configuration (config.json)", path, revision):
         config = AutoConfig.from_pretrained(
             source(path), revision=revision, local_files_only=is_local(path), trust_remote_code=False
         )
@@ -271,7 +271,7 @@ def load_model(
     config = load_config(path, revision=revision)
     # None would switch off the checkpoint's own quantisation, so it is not passed
     quantised = {} if quantisation is None else {"quantization_config": _nf4(config, dtype, path)}
-    with _opening("model", path, revision):
+    with opening("model", path, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             source(path),
             dtype=DTYPES[dtype],
@@ -328,7 +328,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str | Path, path: str | Path)
 
     resize_with_mean(model, len(load_tokenizer(adapter)))
     try:
-        with _opening("adapter", adapter), warnings.catch_warnings():
+        with opening("adapter", adapter), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of missing keys, which are checked below
             laid = PeftModel.from_pretrained(model, source(adapter))
     except InputError as error:
