@@ -4,7 +4,11 @@ PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup reproduce evidence test lint lock clean
+# make setup TORCH=cpu: on Linux the index's torch comes with gigabytes of CUDA; the CPU build lies elsewhere
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+FROM := $(if $(filter cpu,$(TORCH)),--extra-index-url $(CPU_WHEELS))
+
+.PHONY: setup reproduce evidence class view site test lint lock clean
 
 setup: .venv/installed
 
@@ -14,6 +18,17 @@ reproduce: .venv/installed
 # many trainings: a notebook a core at a time; stopped and called again it goes on
 evidence: .venv/installed
 	$(BIN)/ctxlib reproduce --params params/evidence.yaml
+
+# the class: the forms of its exercises, and the site with the attention view
+class: .venv/installed
+	$(BIN)/ctxlib class
+	$(BIN)/ctxlib site
+
+view: .venv/installed
+	$(BIN)/ctxlib view
+
+site: .venv/installed
+	$(BIN)/ctxlib site
 
 # two workers with one torch thread each; the tests of a file stay on one worker, the slowest files come first
 test: .venv/installed
@@ -30,12 +45,12 @@ lock: .venv/installed
 
 # all that was made here and is not committed
 clean:
-	rm -rf .venv .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info outputs/*/work
+	rm -rf .venv site .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info outputs/*/work
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet $(FROM) -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@

@@ -106,6 +106,7 @@ def _notebook(notebook: nbformat.NotebookNode) -> str:
     from nbconvert import HTMLExporter
 
     formulas: list[str] = []
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source, found = _without_math(cell.source, len(formulas))
@@ -145,6 +146,8 @@ def _with_math(page: str, formulas: list[str]) -> str:
 def _closed(page: Page, index: dict[Path, str], root: Path) -> str:
     """The page without anything that would be fetched: links lead to pages of the site, or become text."""
     soup = BeautifulSoup(page.body, "html.parser")
+    for anchor in soup.find_all("a", class_="anchor-link"):
+        anchor.decompose()
     for link in soup.find_all("a"):
         address, _, anchor = link.get("href", "").partition("#")
         target = index.get(Path(os.path.normpath(page.source.parent / address)).resolve()) if address else None
