@@ -6,7 +6,6 @@ WORKERS ?= 2
 
 # make setup TORCH=cpu: on Linux the index's torch comes with gigabytes of CUDA; the CPU build lies elsewhere
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
-FROM := $(if $(filter cpu,$(TORCH)),--extra-index-url $(CPU_WHEELS))
 
 .PHONY: setup reproduce evidence class view site test lint lock clean
 
@@ -51,6 +50,7 @@ clean:
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(FROM) -r requirements.lock
+	$(if $(filter cpu,$(TORCH)),$(BIN)/python -m pip install --quiet --no-deps --index-url $(CPU_WHEELS) "$$(grep ^torch== requirements.lock)")
+	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
