@@ -4,7 +4,10 @@ PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup reproduce evidence smollm2 test lint lock clean
+# make setup TORCH=cpu: on Linux the index's torch comes with gigabytes of CUDA; the CPU build lies elsewhere
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup reproduce evidence smollm2 class view site test lint lock clean
 
 setup: .venv/installed
 
@@ -26,6 +29,17 @@ models/SmolLM2-135M-Instruct/config.json: | .venv/installed
 	  --sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 	rm -rf models/.fetched
 
+# the class: the forms of its exercises, and the site with the attention view
+class: .venv/installed
+	$(BIN)/ctxlib class
+	$(BIN)/ctxlib site
+
+view: .venv/installed
+	$(BIN)/ctxlib view
+
+site: .venv/installed
+	$(BIN)/ctxlib site
+
 # two workers with one torch thread each; the tests of a file stay on one worker, the slowest files come first
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -41,12 +55,13 @@ lock: .venv/installed
 
 # all that was made here and is not committed
 clean:
-	rm -rf .venv .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info outputs/*/work
+	rm -rf .venv site .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info outputs/*/work
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
+	$(if $(filter cpu,$(TORCH)),$(BIN)/python -m pip install --quiet --no-deps --index-url $(CPU_WHEELS) "$$(grep ^torch== requirements.lock)")
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@

@@ -80,7 +80,7 @@ def test_every_import_is_declared():
     known = packages_distributions()
     needed = {canonicalize_name(known.get(name, [name])[0]) for name in foreign}
     optional = PROJECT["optional-dependencies"]
-    declared = PROJECT["dependencies"] + optional["judge"] + optional["lm-eval"]
+    declared = PROJECT["dependencies"] + optional["judge"] + optional["lm-eval"] + optional["site"]
     assert needed <= {canonicalize_name(Requirement(text).name) for text in declared}
 
 

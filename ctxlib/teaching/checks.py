@@ -152,8 +152,8 @@ def check_paired(paired: Callable[[pd.Series, pd.Series], tuple[float, float, fl
     Both are Series of 0 and 1 indexed by question id, in orders of their own.
     """
     ids = [f"q{i}" for i in range(12)]
-    after = pd.Series([1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1], ids, dtype=float)
-    before = pd.Series([0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1], ids, dtype=float)[ids[::-1]]
+    after = pd.Series([1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1], ids, dtype=float)
+    before = pd.Series([0, 1, 1, 1, 1, 0, 1, 0, 0, 0, 0, 1], ids, dtype=float)[ids[::-1]]
     changes = [after[key] - before[key] for key in ids]
     n, z = len(changes), NormalDist().inv_cdf(0.975)
 

@@ -106,18 +106,26 @@ def _notebook(notebook: nbformat.NotebookNode) -> str:
     from nbconvert import HTMLExporter
 
     formulas: list[str] = []
+    heading = ""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            heading = (re.findall(r"^#+ (.+)", cell.source, re.MULTILINE) or [heading])[-1]
             cell.source, found = _without_math(cell.source, len(formulas))
             formulas += found
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                titles = re.findall(r"results\.figure\(.*?\"([^\"]+)\"\s*\)", cell.source, re.DOTALL)
                 output.data.pop("image/svg+xml", None)
-                output.metadata["image/png"] = {"alt": titles[0] if titles else "Figure of the cell above"}
+                output.metadata["image/png"] = {"alt": _alt(cell.source, heading)}
     exporter = HTMLExporter(template_name="basic")
     exporter.exclude_anchor_links = True
     return _with_math(exporter.from_notebook_node(notebook)[0], formulas)
+
+
+def _alt(code: str, heading: str) -> str:
+    """The title that a cell gives its figure (the last text with a space in it), or the heading above."""
+    titles = [text for text in re.findall(r'"([^"\n]+)"', code.rpartition("results.figure(")[2]) if " " in text]
+    return titles[-1] if titles else f"Figure: {heading}"
 
 
 def _without_math(text: str, start: int = 0) -> tuple[str, list[str]]:
@@ -145,6 +153,8 @@ def _with_math(page: str, formulas: list[str]) -> str:
 def _closed(page: Page, index: dict[Path, str], root: Path) -> str:
     """The page without anything that would be fetched: links lead to pages of the site, or become text."""
     soup = BeautifulSoup(page.body, "html.parser")
+    for anchor in soup.find_all("a", class_="anchor-link"):
+        anchor.decompose()
     for link in soup.find_all("a"):
         address, _, anchor = link.get("href", "").partition("#")
         target = index.get(Path(os.path.normpath(page.source.parent / address)).resolve()) if address else None
@@ -160,7 +170,7 @@ def _closed(page: Page, index: dict[Path, str], root: Path) -> str:
         if not image["src"].startswith("data:"):
             image["src"] = _embedded((page.source.parent / image["src"]).resolve())
         if not image.get("alt") or image["alt"].startswith("No description"):
-            image["alt"] = f"Figure of {page.title}"
+            image["alt"] = f"Figure of the page {page.title}"
     for table in soup.find_all("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
     for script in soup.find_all(["script", "link"]):
