@@ -25,7 +25,7 @@ from ctxlib.miniature.domains import DOMAINS
 from ctxlib.miniature.town import Town
 from ctxlib.models import Subject
 from ctxlib.params import MODEL_ROLES, FirstResponseToken, InputError, Params, load_params
-from ctxlib.questions import needle, qa
+from ctxlib.questions import contexts, needle, qa
 from ctxlib.questions.instructions import RULE_METRICS, score_rules, verifiable_questions
 from ctxlib.roles import PLAIN_SEPARATOR, RoleMap
 
@@ -202,7 +202,8 @@ def ask(
 ) -> pd.DataFrame:
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
-    `recalled` is 1 if the answer has all of the question's keywords; `followed` is 1 if it is an instruction's one
+    `recalled` is 1 if the answer has all of the question's keywords (family `contexts`: one of its gold answers, as
+    whole words); `followed` is 1 if it is an instruction's one
     right answer or follows all its rules to the letter. If `cached`, answers are stored in the experiment's `work`
     folder. Common beginnings of the haystacks made from texts are read once.
     """
@@ -211,6 +212,7 @@ def ask(
         "qa": params.qa,
         "facts": params.qa,
         "instructions": params.instructions,
+        contexts.FAMILY: params.qa,
     }
     limits |= dict.fromkeys(DOMAINS, params.qa)
     variants = {"needle": params.needle.variant, "qa": params.qa.variant}
@@ -237,6 +239,7 @@ def ask(
         )
     scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_SCORED)
     recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
+    recalled = recalled.mask(scored.family == contexts.FAMILY, scored.containment)
     followed = scored.prompt_strict.fillna(scored.exact_match).where(scored.family == "instructions")
     return scored.assign(condition=condition, recalled=recalled, followed=followed.astype(float))
 

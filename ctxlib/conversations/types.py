@@ -62,6 +62,9 @@ class Question:
 
     `answers` are the distinct gold answers as texts; `annotations` every annotator's answer, as its spans, in the
     order of the file, as the official rules of QuAC and DROP need them. `dialogue` names the dialogue it is a turn of.
+    `context` is the passage or haystack in the first message, and `question` that message without it and without its
+    instructions: what `ctxlib.questions.contexts.without_context` asks. `cluster` names questions that are not
+    independent of one another (the same question about several passages).
     """
 
     id: str
@@ -77,3 +80,6 @@ class Question:
     annotations: tuple[tuple[str, ...], ...] = ()
     dialogue: str | None = None
     rules: tuple[Rule, ...] = ()
+    context: str | None = None
+    question: str | None = None
+    cluster: str | None = None

@@ -237,7 +237,7 @@ def score_answers(
     script, of which QuAC's has no exact match; where QuAC is among the questions, QUAC_METRICS and `dialogue` are
     further columns. There, `containment` asks in the `standard` variant for whole words, while in the `authors_code`
     variant the answer ends where the authors' generation stopped, and substrings count (`until_stop`,
-    `quac_containment`, `drop_containment`).
+    `quac_containment`, `drop_containment`). Family `contexts` always asks for whole words.
 
     Raises InputError for an id without a question.
     """
@@ -268,9 +268,10 @@ def _scores(answer: str, question: Question, variant: Variant) -> dict[str, floa
 def _gold_scores(answer: str, question: Question, variant: Variant) -> dict[str, float]:
     golds, annotations, dataset = question.answers, question.annotations, _dataset(question)
     official = dataset in ("squad", "squad_v2", "quac", "drop")
+    whole_words = question.family == "contexts" or (official and variant == "standard")
     if official and variant == "authors_code":
         answer = until_stop(answer)
-    contained = containment(answer, golds, whole_words=official and variant == "standard")
+    contained = containment(answer, golds, whole_words=whole_words)
     match dataset:
         case "quac":
             references = [text for (text,) in annotations]

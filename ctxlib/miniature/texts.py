@@ -25,6 +25,7 @@ from ctxlib.miniature.town import (
     random_fact,
     rumour,
 )
+from ctxlib.questions.contexts import of_kinds
 from ctxlib.questions.instructions import NUMBERS, WORD_TASKS, word_task
 from ctxlib.questions.needle import place_needle
 
@@ -320,6 +321,7 @@ def _question(id: str, family: str, kind: str, user: str, fact: Fact, memory: Fa
         answers=(fact.sentence, " ".join(fact.value)),
         keywords=fact.value,
         memory_answer=" ".join(memory.value) if memory else None,
+        question=fact.question,
         **extra,
     )
 
@@ -354,7 +356,7 @@ def needles(
                     questions.append(
                         _question(
                             id, "needle", kind, f"{text}\n{fact.question}", fact, memory,
-                            context_length_tokens=length, depth_percent=float(depth),
+                            context_length_tokens=length, depth_percent=float(depth), context=text,
                         )
                     )  # fmt: skip
     return questions
@@ -383,9 +385,38 @@ def passage_questions(town: Town, n: int, seed: int) -> list[Question]:
         questions.append(
             _question(
                 f"qa-{kind}-{i}", "qa", kind, f"{text}\n{fact.question}", fact, memory,
-                context_length_tokens=count_tokens(text),
+                context_length_tokens=count_tokens(text), context=text,
             )
         )  # fmt: skip
+    return questions
+
+
+def context_questions(town: Town, n: int, seed: int) -> list[Question]:
+    """`n` known facts, each asked with a passage that says it, one that contradicts it, one about others, and none.
+
+    Kinds and scoring: `ctxlib.questions.contexts`; the model knows the facts by heart.
+    """
+    questions = []
+    for fact in random.Random(f"contexts-{town.seed}-{seed}").sample(town.all_facts, min(n, len(town.all_facts))):
+        name = f"{fact.name}-{fact.relation.name}"
+        rng = random.Random(f"contexts-{name}-{town.seed}-{seed}")
+        other = town.contradicting(fact, rng)
+        others = [one.sentence for one in distinct_facts(rng.randint(2, 6), rng, avoid=fact.name)]
+        texts = {kind: [said, *others] for kind, said in (("gold", fact.sentence), ("contradicting", other.sentence))}
+        texts["irrelevant"] = others
+        state, n_fillers = rng.getstate(), _n_fillers(rng)
+        for kind, statements in texts.items():
+            rng.setstate(state)
+            texts[kind] = passage(statements, n_fillers, rng)
+        questions += of_kinds(
+            name,
+            texts,
+            fact.question,
+            prompt="{context}\n{question}",
+            truth=" ".join(fact.value),
+            swapped=[" ".join(other.value)],
+            response_prefix=fact.prefix,
+        )
     return questions
 
 
@@ -413,7 +444,8 @@ def domain_questions(town: Town, domain: str, n: int, seed: int) -> list[Questio
         questions.append(
             Question(
                 f"{domain}-{i}", domain, domain, (Message("user", f"{task.context}\n{task.question}"),), task.prefix,
-                (task.answer, task.value), (task.value,), task.memory_value,
+                (task.answer, task.value), (task.value,), task.memory_value, context=task.context,
+                question=task.question,
             )
         )  # fmt: skip
     return questions

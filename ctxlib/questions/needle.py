@@ -174,6 +174,8 @@ def text_needles(
                         keywords=tuple(keywords),
                         context_length_tokens=tokens,
                         depth_percent=float(depth),
+                        context=context,
+                        question=question,
                     )
                 )
     return questions

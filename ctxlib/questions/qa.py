@@ -22,8 +22,11 @@ _TABLES = (".jsonl", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".ndjson.gz
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One question of any of the datasets; `earlier` are the questions and answers before it in its dialogue."""
+class Asked:
+    """One question of any of the datasets; `earlier` are the questions and answers before it in its dialogue.
+
+    Of NQ-Swap, `original` is the passage before its entity was swapped, and `memory_answer` what that passage says.
+    """
 
     dataset: Literal["squad", "squad_v2", "quac", "drop", "nq_swap"]
     id: str
@@ -33,6 +36,7 @@ class _Asked:
     dialogue: str | None = None
     earlier: tuple[tuple[str, str], ...] = ()
     memory_answer: str | None = None
+    original: str | None = None
 
 
 def load_questions(
@@ -64,6 +68,20 @@ def load_questions(
     invalid Unicode, an id given twice, a hub dataset with too little information to score, and an `n` too small for one
     dialogue.
     """
+    units = read_questions(source, variant=variant, split=split)
+    asked = [one for unit in units for one in unit]
+    impossible = any(one.dataset == "squad_v2" for one in asked)
+    chosen = asked if n is None or n >= len(asked) else _drawn(source, units, n, seed)
+    return [_question(one, "squad_v2" if impossible else one.dataset, prompt, variant) for one in chosen]
+
+
+def read_questions(
+    source: str | Path, *, variant: Variant = "standard", split: str = "validation"
+) -> list[list[Asked]]:
+    """The questions of a source as `load_questions` reads them: alone, or of one dialogue together.
+
+    Raises InputError as `load_questions` does.
+    """
     place = locate(source)
     if place == "nowhere":
         raise InputError(nowhere(source, f"{_REMEDY}, or a hub id"))
@@ -79,12 +97,10 @@ def load_questions(
     times = Counter(one.id for one in asked)
     if repeated := [key for key, count in times.items() if count > 1]:
         raise InputError(f"{source}: the id '{repeated[0]}' names more than one question; give each its own")
-    impossible = any(one.dataset == "squad_v2" for one in asked)
-    chosen = asked if n is None or n >= len(asked) else _drawn(source, units, n, seed)
-    return [_question(one, "squad_v2" if impossible else one.dataset, prompt, variant) for one in chosen]
+    return units
 
 
-def _check_unicode(asked: _Asked, source: str | Path) -> None:
+def _check_unicode(asked: Asked, source: str | Path) -> None:
     texts = {"id": asked.id, "context": asked.context, "question": asked.question}
     texts["answers"] = "".join(text for spans in asked.annotations for text in spans)
     for key, text in texts.items():
@@ -96,11 +112,11 @@ def _check_unicode(asked: _Asked, source: str | Path) -> None:
             ) from None
 
 
-def _drawn(source: str | Path, units: Sequence[Sequence[_Asked]], n: int, seed: int) -> list[_Asked]:
+def _drawn(source: str | Path, units: Sequence[Sequence[Asked]], n: int, seed: int) -> list[Asked]:
     rng = random.Random(seed)
     if all(len(unit) == 1 for unit in units):
         return [one for (one,) in rng.sample(units, n)]
-    chosen: list[_Asked] = []
+    chosen: list[Asked] = []
     for unit in rng.sample(units, len(units)):
         if len(chosen) + len(unit) > n:
             break
@@ -111,7 +127,7 @@ def _drawn(source: str | Path, units: Sequence[Sequence[_Asked]], n: int, seed: 
     return chosen
 
 
-def _question(asked: _Asked, dataset: str, prompt: str, variant: str) -> Question:
+def _question(asked: Asked, dataset: str, prompt: str, variant: str) -> Question:
     annotations = asked.annotations
     if dataset == "quac":
         answers = quac_references([text for (text,) in annotations])
@@ -131,10 +147,13 @@ def _question(asked: _Asked, dataset: str, prompt: str, variant: str) -> Questio
         annotations=annotations,
         dialogue=asked.dialogue,
         memory_answer=asked.memory_answer,
+        context=asked.context,
+        question=asked.earlier[0][0] if asked.earlier else asked.question,
+        cluster=asked.question if dataset == "nq_swap" else None,
     )
 
 
-def _file_units(path: Path, variant: str) -> Iterator[list[_Asked]]:
+def _file_units(path: Path, variant: str) -> Iterator[list[Asked]]:
     if path.name.lower().endswith(_TABLES):
         yield from _table_units(path, file_rows(path), variant)
         return
@@ -158,14 +177,14 @@ def _file_units(path: Path, variant: str) -> Iterator[list[_Asked]]:
         )
 
 
-def _table_units(path: Path, rows: Iterator[tuple[str, Any]], variant: str) -> Iterator[list[_Asked]]:
+def _table_units(path: Path, rows: Iterator[tuple[str, Any]], variant: str) -> Iterator[list[Asked]]:
     for number, (place, row) in enumerate(rows, start=1):
         if isinstance(row, BadRow):
             raise InputError(f"{path}, {row.at(place)}: {row.remedy}")
         yield _row_unit(row, f"{path}, {place}, ", number, variant)
 
 
-def _paragraph_units(article: dict, paragraph: Any, where: str, variant: str) -> Iterator[list[_Asked]]:
+def _paragraph_units(article: dict, paragraph: Any, where: str, variant: str) -> Iterator[list[Asked]]:
     """A QuAC dialogue, or SQuAD's questions one by one."""
     context = _get(paragraph, "context", str, where)
     qas = [(qa, f"{where}qas[{q}].") for q, qa in enumerate(_get(paragraph, "qas", list, where))]
@@ -197,12 +216,12 @@ def _original(qa: dict, place: str) -> str:
     return _get(answers[0], "text", str, f"{place}answers.")
 
 
-def _hub_units(name: str, split: str, variant: str) -> Iterator[list[_Asked]]:
+def _hub_units(name: str, split: str, variant: str) -> Iterator[list[Asked]]:
     for number, (place, row) in enumerate(hub_rows(name, split, f"or {_REMEDY}"), start=1):
         yield _row_unit(row, f"{name}, {place}, ", number, variant)
 
 
-def _row_unit(row: Any, where: str, number: int, variant: str) -> list[_Asked]:
+def _row_unit(row: Any, where: str, number: int, variant: str) -> list[Asked]:
     """The question or the dialogue of a row with the hub's columns."""
     if not isinstance(row, dict):
         raise InputError(f"{where}row: expected an object with columns, got {type(row).__name__}; {_REMEDY}")
@@ -233,13 +252,14 @@ def _row_unit(row: Any, where: str, number: int, variant: str) -> list[_Asked]:
     return [_squad(row, _get(row, "context", str, where), where)]
 
 
-def _swapped(row: dict, where: str, number: int) -> _Asked:
+def _swapped(row: dict, where: str, number: int) -> Asked:
     """A question of NQ-Swap (Longpre et al. 2021): the passage says another entity than the original one."""
     swapped, original = (_texts(row, key, where) for key in ("sub_answer", "org_answer"))
     context, question = (_get(row, key, str, where) for key in ("sub_context", "question"))
     name = row.get("id") or row.get("uid") or f"nq-swap-{number}"
     spans = tuple((text,) for text in swapped)
-    return _Asked("nq_swap", str(name), context, question, spans, memory_answer=original[0])
+    unswapped = _get(row, "org_context", str, where) if "org_context" in row else None
+    return Asked("nq_swap", str(name), context, question, spans, memory_answer=original[0], original=unswapped)
 
 
 def _texts(row: dict, key: str, where: str) -> list[str]:
@@ -249,9 +269,9 @@ def _texts(row: dict, key: str, where: str) -> list[str]:
     return texts
 
 
-def _squad(qa: Any, context: str, where: str) -> _Asked:
+def _squad(qa: Any, context: str, where: str) -> Asked:
     texts = [_get(item, "text", str, f"{where}answers.") for item in _items(qa, "answers", "text", where)]
-    return _Asked(
+    return Asked(
         "squad_v2" if not texts or "is_impossible" in qa else "squad",
         str(_get(qa, "id", str | int, where)),
         context,
@@ -268,7 +288,7 @@ def _dialogue(
     turns: Sequence[tuple[str, str, list[str], str]],
     variant: str,
     where: str,
-) -> list[_Asked]:
+) -> list[Asked]:
     """A QuAC dialogue from its turns: id, question, every annotator's answer, and the one the dialogue went on with."""
     if empty := [id for id, _, references, _ in turns if not references]:
         raise InputError(f"{where}answers: none for '{empty[0]}'; {_REMEDY}")
@@ -277,18 +297,18 @@ def _dialogue(
     context = (f"Title: {title}\n" if title else "") + (f"{background} " if background else "") + passage
     said = [(question, original) for _, question, _, original in turns]
     return [
-        _Asked("quac", id, context, question, tuple((text,) for text in references), name, tuple(said[:number]))
+        Asked("quac", id, context, question, tuple((text,) for text in references), name, tuple(said[:number]))
         for number, (id, question, references, _) in enumerate(turns)
     ]
 
 
-def _drop(qa: Any, passage: str, where: str) -> _Asked:
+def _drop(qa: Any, passage: str, where: str) -> Asked:
     answers = [_get(qa, "answer", dict, where)]
     if qa.get("validated_answers"):
         answers += _items(qa, "validated_answers", "number", where)
     annotations = tuple(_drop_spans(answer, where) for answer in answers)
     id, question = (_get(qa, key, str, where) for key in ("query_id", "question"))
-    return _Asked("drop", id, passage, question, annotations)
+    return Asked("drop", id, passage, question, annotations)
 
 
 def _drop_spans(answer: Any, where: str) -> tuple[str, ...]:
