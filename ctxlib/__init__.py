@@ -21,6 +21,7 @@ only one room needs lies inside it.
     figures        one call a figure: tidy frame in, figure out
     miniature      the invented town and its models
     experiment     what one experiment reads: from the miniature or from your files
+    cures          what can be done against the loss of context: each one class with three optional hooks
 
 Three wings, which the story's notebooks do without:
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxlib import models
 from ctxlib.allocation import attention_allocation
 from ctxlib.conversations import Conversation, Corpus, Message, Question, load_conversations, load_raw_texts
-from ctxlib.generate import RESPONSE_COLUMNS, answer_questions, question_prompt
+from ctxlib.generate import RESPONSE_COLUMNS, Around, answer_questions, question_prompt
 from ctxlib.metrics import ANSWER_METRICS, score_answers
 from ctxlib.miniature import model_source, texts
 from ctxlib.miniature.domains import DOMAINS
@@ -197,6 +197,7 @@ def ask(
     indicator: str | None = None,
     steering_alpha: float | None = None,
     use_prefix: bool = False,
+    around: Around | None = None,
     cached: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -232,6 +233,7 @@ def ask(
             batch_size=params.models.batch_size,
             reuse_prefixes=family == "needle" and params.needle.source != EMBEDDED,
             cache_dir=params.output_dir / "work" / "answers" if cached else None,
+            around=around,
             progress=progress,
         )
         parts.append(

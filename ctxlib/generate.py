@@ -4,9 +4,9 @@ import hashlib
 import json
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,24 @@ from ctxlib.conversations import Question
 from ctxlib.files import JsonLines
 from ctxlib.models import Subject, memory_advice
 from ctxlib.params import InputError
-from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleMap, pad_batch, role_map
+from ctxlib.roles import PLAIN_SEPARATOR, Role, RoleBatch, RoleMap, pad_batch, role_map
 
 RESPONSE_COLUMNS = (
     "id", "family", "kind", "context_length_tokens", "depth_percent", "prompt", "answer", "answer_tokens"
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The questions that are answered together, their prompts padded on the left with `pad_id`."""
+
+    questions: Sequence[Question]
+    roles: RoleBatch
+    pad_id: int
+
+
+# Opened around the generation of a batch; it may yield more arguments of transformers' `generate`.
+Around = Callable[[torch.nn.Module, Batch], AbstractContextManager[Mapping[str, Any] | None]]
 
 
 def answer_questions(
@@ -45,6 +58,7 @@ def answer_questions(
     stop_text: str | None = None,
     reuse_prefixes: bool = False,
     cache_dir: str | Path | None = None,
+    around: Around | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Greedy answer to every question: one row per question, in the given order, with the columns RESPONSE_COLUMNS.
@@ -66,9 +80,14 @@ def answer_questions(
     inside `record_allocation` or `steer_attention`, and for models whose state is not one key and value per token
     (linear attention) or whose positions depend on the prompt's length (dynamic and long rope).
 
-    Raises InputError for repeated ids, for a prompt that leaves no room for the answer, and if memory or the disk of
-    the cache is full.
+    `around` is opened around the generation of every batch, and may steer the model or pass `generate` more arguments;
+    it is called with the model without its adapter's wrapping. Such answers cannot be cached.
+
+    Raises InputError for repeated ids, for `around` with a `cache_dir`, for a prompt that leaves no room for the
+    answer, and if memory or the disk of the cache is full.
     """
+    if around is not None and cache_dir is not None:
+        raise InputError("answer_questions: a cache does not know what `around` does; pass no cache_dir")
     model, tokenizer = subject.model.eval(), subject.tokenizer
     maps = [question_prompt(tokenizer, question, template, indicator, use_prefix) for question in questions]
     _check(model, questions, maps, max_new_tokens)
@@ -88,14 +107,18 @@ def answer_questions(
     cache = _Cache(cache_dir, key)
     prompts = [tokenizer.decode(prompt.ids) for prompt in maps]
     answered = {q.id: cache.get(q.id, prompt) for q, prompt in zip(questions, prompts, strict=True)}
-    prefixes = _Prefixes(model) if reuse_prefixes and steering is None and _keys_can_be_reused(model) else None
+    prefixes = (
+        _Prefixes(model) if reuse_prefixes and steering is around is None and _keys_can_be_reused(model) else None
+    )
     todo = [index for index, question in enumerate(questions) if answered[question.id] is None]
     todo.sort(key=lambda index: maps[index].ids.tolist() if prefixes else -len(maps[index]))
     with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="answers", disable=not progress) as bar:
         for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
             with memory_advice("models.batch_size down (mt-bench: --batch-size)", cache.path):
+                asked = [questions[i] for i in batch]
                 written = _greedy(
-                    model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering, prefixes
+                    *(model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering, prefixes),
+                    around and (lambda base, roles, pad_id, asked=asked: around(base, Batch(asked, roles, pad_id))),
                 )
             for index, (answer, answer_tokens) in zip(batch, written, strict=True):
                 answered[questions[index].id] = answer, answer_tokens
@@ -144,6 +167,7 @@ def _greedy(
     stop_text: str | None,
     steering: Mapping[str, Any] | None,
     prefixes: "_Prefixes | None" = None,
+    around: Callable[..., AbstractContextManager[Mapping[str, Any] | None]] | None = None,
 ) -> list[tuple[str, int]]:
     """Text and number of tokens of each prompt's greedy continuation."""
     base = _base(model)
@@ -157,8 +181,11 @@ def _greedy(
     stops = [_StopAtText(tokenizer, stop_text, ids.shape[1])] if stop_text else None
     keep = (batch.roles == Role.USER).to(base.device)
     read = {"past_key_values": prefixes.read(maps, max_new_tokens)} if prefixes and min(map(len, maps)) > 1 else {}
-    with _only(base, config), steer_attention(base, keep, **steering) if steering else nullcontext():
-        written = base.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stops, **read)
+    steered = steer_attention(base, keep, **steering) if steering else nullcontext()
+    with _only(base, config), steered, around(base, batch, pad_id) if around else nullcontext() as more:
+        written = base.generate(
+            ids, attention_mask=mask, generation_config=config, stopping_criteria=stops, **read, **(more or {})
+        )
     return [_answer(tokenizer, row, {*end_ids, pad_id}, stop_text) for row in written[:, ids.shape[1] :].tolist()]
 
 

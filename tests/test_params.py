@@ -34,7 +34,7 @@ def test_every_params_file_is_the_experiment_of_its_name_and_can_be_written_out_
 
 
 def test_the_known_keys_are_those_of_a_file_written_out_whole():
-    content = load_params(ROOT / "params" / "evidence.yaml").model_dump()
+    content = load_params(ROOT / "params" / "cures.yaml").model_dump()
     keys = [
         f"{k}.{inner}" if isinstance(v, dict) else k
         for k, v in content.items()

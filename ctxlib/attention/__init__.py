@@ -13,6 +13,7 @@ from ctxlib.attention.hook import Head
 from ctxlib.attention.patch import HeadOutputs, patch_outputs, record_outputs
 from ctxlib.attention.record import Recording, record_allocation, route, verify_recording
 from ctxlib.attention.steer import steer_attention
+from ctxlib.attention.target import steer_to_share
 
 __all__ = [
     "Head",
@@ -23,5 +24,6 @@ __all__ = [
     "record_outputs",
     "route",
     "steer_attention",
+    "steer_to_share",
     "verify_recording",
 ]

@@ -4,6 +4,7 @@ from ctxlib.finetune.adapters import LORA_TARGETS, add_lora, export_merged
 from ctxlib.finetune.labels import (
     BATCHES_GROUPED,
     TrainingExample,
+    TurnLoss,
     audit,
     collate,
     end_of_turn_ids,
@@ -16,6 +17,7 @@ from ctxlib.finetune.labels import (
     training_examples,
     training_order,
 )
+from ctxlib.finetune.objective import weighted_loss
 from ctxlib.finetune.trainer import make_trainer, train
 from ctxlib.finetune.training import finetune, is_main_process
 
@@ -23,6 +25,7 @@ __all__ = [
     "BATCHES_GROUPED",
     "LORA_TARGETS",
     "TrainingExample",
+    "TurnLoss",
     "add_lora",
     "audit",
     "collate",
@@ -40,4 +43,5 @@ __all__ = [
     "train",
     "training_examples",
     "training_order",
+    "weighted_loss",
 ]

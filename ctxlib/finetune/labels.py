@@ -1,19 +1,19 @@
 """Which tokens of a conversation are trained on: ids and labels, the audit that shows them, and their batches."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ctxlib.conversations import Conversation
+from ctxlib.conversations import Conversation, Message
 from ctxlib.params import InputError
 from ctxlib.roles import Role, RoleMap, role_map, role_table
 
@@ -22,12 +22,24 @@ BATCHES_GROUPED = 8
 
 
 @dataclass(frozen=True)
+class TurnLoss:
+    """What an answer counts in the loss: `weight` of its cross-entropy, `reference` of its divergence from the base."""
+
+    weight: float = 1.0
+    reference: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainingExample:
-    """A conversation as token ids, labels (-100: not supervised) and roles."""
+    """A conversation as token ids, labels (-100: not supervised) and roles.
+
+    `turn_loss`, if the turns do not all count alike, has for every token the weight and the reference of its turn.
+    """
 
     input_ids: Int[Tensor, " pos"]
     labels: Int[Tensor, " pos"]
     roles: Int[Tensor, " pos"]
+    turn_loss: Float[Tensor, "pos 2"] | None = None
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -84,8 +96,11 @@ def training_examples(
     variant: str = "standard",
     indicator: str | None = None,
     max_length: int = 2048,
+    turn_loss: Callable[[Message], TurnLoss] | None = None,
 ) -> tuple[list[TrainingExample], dict[str, int]]:
     """Token ids and labels of every conversation, and the counts `used`, `truncated`, `too_long`, `unlabelled`.
+
+    turn_loss: of an answer, by the loss of `objective.weighted_loss`; None: all tokens count alike.
 
     A conversation over `max_length` tokens loses its last turns (`truncated`), or is left out if even the first turn is
     too long (`too_long`); in the `authors_code` variant it is cut at `max_length`, if need be in the middle of a word.
@@ -115,7 +130,9 @@ def training_examples(
             continue
         counts["truncated"] += truncated
         counts["used"] += 1
-        examples.append(TrainingExample(rendered.ids, torch.where(mask, rendered.ids, IGNORED), rendered.roles))
+        labels = torch.where(mask, rendered.ids, IGNORED)
+        weights = None if turn_loss is None else _of_turns(conversation, rendered, turn_loss)
+        examples.append(TrainingExample(rendered.ids, labels, rendered.roles, weights))
     if not examples:
         raise InputError(
             f"no conversation to train on, of {len(conversations)}: {counts['too_long']} are longer than max_length "
@@ -123,6 +140,20 @@ def training_examples(
             "chat template that shows them)"
         )
     return examples, counts
+
+
+def _of_turns(
+    conversation: Conversation, rendered: RoleMap, turn_loss: Callable[[Message], TurnLoss]
+) -> Float[Tensor, "pos 2"]:
+    """Weight and reference of every token: those of the answer in its turn."""
+    turn, of_turn = 0, {}
+    for message in conversation.messages:
+        turn += message.role == "user"
+        if message.role == "assistant":
+            its = turn_loss(message)
+            of_turn[turn] = its.weight, its.reference
+    plain = TurnLoss()
+    return torch.tensor([of_turn.get(one, (plain.weight, plain.reference)) for one in rendered.turns.tolist()])
 
 
 def raw_text_examples(
@@ -248,11 +279,18 @@ def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
 def collate(examples: Sequence[TrainingExample], pad_id: int) -> dict[str, Int[Tensor, "batch pos"]]:
     """Pads on the right to the longest of the batch; only `attention_mask` distinguishes padding from text."""
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {
+    batch = {
         "input_ids": pad([example.input_ids for example in examples], padding_value=pad_id),
         "attention_mask": pad([torch.ones_like(example.input_ids) for example in examples]),
         "labels": pad([example.labels for example in examples], padding_value=IGNORED),
     }
+    if any(example.turn_loss is not None for example in examples):
+        plain = TurnLoss()
+        alike = torch.tensor([plain.weight, plain.reference])
+        batch["turn_loss"] = pad([
+            alike.expand(len(e.input_ids), 2) if e.turn_loss is None else e.turn_loss for e in examples
+        ])  # fmt: skip
+    return batch
 
 
 def pack(examples: Sequence[TrainingExample]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from ctxlib.finetune.labels import (
     pack,
 )
 from ctxlib.finetune.loss import chunked_loss
+from ctxlib.finetune.objective import batch_loss
 from ctxlib.models import (
     memory_advice,
 )
@@ -85,6 +86,8 @@ def make_trainer(
         arguments._n_gpu = 1  # or Trainer would multiply the batch by the number of GPUs
     collator = pack if settings.packing else partial(collate, pad_id=pad_id)
     trainer = _Trainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collator)
+    if any(row.turn_loss is not None for row in rows):
+        trainer.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated batches are averaged
     trainer.add_callback(_StaysFinite())
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -104,6 +107,8 @@ def train(trainer: Trainer) -> None:
     try:
         rows = trainer.train_dataset
         most_tokens = trainer.args.per_device_train_batch_size * max(len(row.input_ids) for row in rows)
+        if any(row.turn_loss is not None for row in rows):
+            most_tokens = 0  # `batch_loss` needs the logits themselves
         with (
             disk_space(work_dir),
             memory_advice(_LESS_MEMORY, work_dir),
@@ -119,7 +124,15 @@ def train(trainer: Trainer) -> None:
 
 
 class _Trainer(Trainer):
-    """Stops at the first loss that is not finite, where looking at it costs no synchronisation."""
+    """Stops at the first loss that is not finite, where looking at it costs no synchronisation.
+
+    Batches whose turns count differently have the loss of `objective.weighted_loss`.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "turn_loss" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return batch_loss(model, inputs)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

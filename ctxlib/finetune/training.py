@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from transformers import (
     set_seed,
 )
 
-from ctxlib.conversations import Conversation
+from ctxlib.conversations import Conversation, Message
 from ctxlib.files import check_writable, disk_space, read_json_object
 from ctxlib.finetune.adapters import add_lora, frozen_rows
 from ctxlib.finetune.labels import (
     TrainingExample,
+    TurnLoss,
     audit,
     packs_exactly,
     raw_text_examples,
@@ -60,6 +61,7 @@ def finetune(
     seed: int = 42,
     revision: str | None = None,
     freeze_indicator: bool = False,
+    turn_loss: Callable[[Message], TurnLoss] | None = None,
     progress: bool = True,
     console: Console | None = None,
 ) -> pd.DataFrame:
@@ -79,6 +81,8 @@ def finetune(
         tokenizer. Under LoRA its row is the only row of the input embedding that is trained in the `standard` variant;
         in the `authors_code` variant it stays at the mean of the embeddings (official script).
     freeze_indicator: leave the indicator's row at the mean in the `standard` variant, too.
+    turn_loss: what an answer counts in the loss (`objective.weighted_loss`); None: all tokens count alike. A reference
+        to the base needs an adapter. Raw text counts as ever.
     console: if given, `labels.audit` is printed there.
 
     `out_dir` appears only when it is complete: until then everything is written to `<out_dir>.training-<hash>` next to
@@ -112,8 +116,17 @@ def finetune(
     tokenizer, n_tokens = deepcopy(tokenizer), len(tokenizer)
     indicator_id = None if indicator is None else add_indicator_token(tokenizer, indicator)
     examples, counts = training_examples(
-        tokenizer, conversations, variant=settings.variant, indicator=indicator, max_length=max_length
+        tokenizer,
+        conversations,
+        variant=settings.variant,
+        indicator=indicator,
+        max_length=max_length,
+        turn_loss=turn_loss,
     )
+    if turn_loss is not None:
+        _check_turn_loss(examples, settings)
+        settings = settings.model_copy(update={"packing": False})
+        recorded["packing"] = False
     if console is not None and processes.is_main_process:
         audit(tokenizer, examples, counts, console, indicator_id)
     n_chats = len(examples)
@@ -192,6 +205,16 @@ def finetune(
     return log
 
 
+def _check_turn_loss(examples: Sequence[TrainingExample], settings: Finetune) -> None:
+    if settings.packing:
+        raise InputError("finetune.packing: true, but turns that count differently are trained unpacked; set it false")
+    values = torch.cat([example.turn_loss for example in examples])
+    if not (values.isfinite().all() and (values >= 0).all()):
+        raise InputError("finetune: a turn's weight or reference is negative or no number; give 0 or more")
+    if settings.method == "full" and (values[:, 1] > 0).any():
+        raise InputError("finetune.method: full has no base to be held to; take lora or qlora, or a reference of 0")
+
+
 def _as_seen_from(out_dir: Path, model_path: str | Path) -> dict[str, str]:
     """`base_from_here`: the relative path of a local base model, by which a moved project folder finds it again."""
     if not is_local(model_path):
@@ -214,6 +237,8 @@ def _config_hash(
     digest = hashlib.sha256(json.dumps([model, tokenizer.chat_template, settings], sort_keys=True).encode())
     for example in examples:
         digest.update(torch.stack([example.input_ids, example.labels]).numpy().tobytes())
+        if example.turn_loss is not None:
+            digest.update(example.turn_loss.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

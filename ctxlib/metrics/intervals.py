@@ -240,6 +240,22 @@ def over_seeds(
     return pd.DataFrame(rows, columns=[*by, "value", "ci_low", "ci_high", "p_value", "n"])
 
 
+def holm(p_values: Values) -> np.ndarray:
+    r"""P values adjusted for testing all of them, in [0, 1]; NaN stay NaN and are not counted.
+
+    $$\tilde p_{(i)} = \max_{j \le i} \min\left(1, (m - j + 1)\, p_{(j)}\right)$$
+
+    over the m values in ascending order. Rejecting where the adjusted value is at most α keeps the probability of any
+    false rejection at or below α, whatever the dependence. Reference: Holm 1979.
+    """
+    values = np.asarray(p_values, dtype=float)
+    adjusted = np.full(values.shape, np.nan)
+    given = np.flatnonzero(~np.isnan(values))
+    order = given[np.argsort(values[given], kind="stable")]
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)))
+    return adjusted
+
+
 def seed_differences(frame: pd.DataFrame, by: str | Sequence[str], *, before: str) -> pd.DataFrame:
     """Change of `value` from the condition `before` to every other within each seed: condition, `by` …, seed, value.
 

@@ -18,6 +18,7 @@ from ctxlib.params.sections import (
     Bootstrap,
     Conversations,
     Count,
+    Cures,
     Evidence,
     Facts,
     Finetune,
@@ -66,6 +67,7 @@ class Params(Section):
     instructions: Instructions = Instructions()
     bootstrap: Bootstrap = Bootstrap()
     evidence: Evidence | None = None
+    cures: Cures | None = None
 
     _files: tuple[str, ...] = PrivateAttr(("params",))
     _root: Path = PrivateAttr(Path())
@@ -94,7 +96,8 @@ class Params(Section):
     @property
     def digest(self) -> str:
         """12 hex digits of everything that can change a result (so not of the folder that the results go to)."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude={"outputs"}), sort_keys=True)
+        unused = set() if self.cures else {"cures"}  # so that other experiments keep the digest they had before it
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"outputs", *unused}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def changed(self, overrides: Mapping[str, Any]) -> "Params":

@@ -1,5 +1,6 @@
 """The results of a plan: scores, marks, the tuned model and its answers. Each is computed once and then read."""
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ctxlib import allocation, experiment, indicator, models, roles
 from ctxlib.conversations import Corpus, Message, Question
-from ctxlib.evidence.trials.definition import Asking
+from ctxlib.cures import Material, overrides
+from ctxlib.evidence.trials.definition import Asking, Trial
 from ctxlib.evidence.trials.plan import Plan
 from ctxlib.files import digest, to_json, write
 from ctxlib.finetune import export_merged, finetune
@@ -67,16 +69,17 @@ def answers(plan: Plan, asking: Asking, *, timeout: int | float = -1) -> pd.Data
     return pd.read_parquet(file)
 
 
-def tuned(plan: Plan) -> Subject:
+def tuned(plan: Plan, *, merged: bool = True) -> Subject:
     """The trial's model and its tokenizer, which has the indicator if there were marks; trained first if need be.
 
-    Adapters are merged into their base, except over 4-bit weights, because they were trained on the rounded weights.
+    Adapters are merged into their base, except over 4-bit weights, because they were trained on the rounded weights;
+    and not if `merged` is False.
     """
     its, trained = plan.params, plan.trial.trained
     path = train(plan) if trained else _start(plan)
     quantisation = models.trained_over(path) or its.models.quantisation
     model = models.load_model(path, dtype=its.models.dtype, quantisation=quantisation, attention=its.models.attention)
-    if isinstance(model, PeftModel) and not quantisation:
+    if isinstance(model, PeftModel) and merged and not quantisation:
         model = model.merge_and_unload()
     return Subject(plan.key, model, models.load_tokenizer(path) if trained else _tokenizer(plan), plan.key)
 
@@ -87,6 +90,7 @@ def train(plan: Plan) -> Path:
     with _locked(folder):
         if not (folder / "model").exists():
             write(folder / "trial.json", to_json(plan.description))
+            resumed, started = any(folder.glob("model.training-*")), time.process_time()
             finetune(
                 _start(plan),
                 _tokenizer(plan),
@@ -99,14 +103,19 @@ def train(plan: Plan) -> Path:
                 attention=its.models.attention,
                 seed=its.seed,
                 freeze_indicator=trial.freeze_indicator,
+                turn_loss=trial.cure.turn_loss if trial.cure and overrides(trial.cure, "turn_loss") else None,
                 progress=False,
             )
+            if not resumed:  # else it would be the time of the last part alone
+                write(folder / "cost.json", to_json({"cpu_seconds": round(time.process_time() - started, 1)}))
     return folder / "model"
 
 
 def marked(plan: Plan) -> Corpus:
-    """The conversations that the trial is trained on, with their marks and the trial's closing."""
+    """The conversations that the trial is trained on, with their marks, the trial's closing and its cure."""
     corpus = _with_marks(plan)
+    if plan.trial.cure:
+        corpus = plan.trial.cure.corpus(_material(plan, corpus))
     closed = (replace(one, messages=_closed(one.messages, plan.trial.closing)) for one in corpus.conversations)
     return replace(corpus, conversations=tuple(closed))
 
@@ -147,6 +156,12 @@ def _with_marks(plan: Plan) -> Corpus:
     if trial.marks == "random":
         return indicator.mark_random(corpus, int((at_layer(found, layer).score > threshold).sum()), its.seed)
     return indicator.mark(corpus, found, threshold, layer=layer, variant=its.finetune.variant)
+
+
+def _material(plan: Plan, corpus: Corpus) -> Material:
+    scored = replace(plan, trial=replace(plan.trial, marks="score", cure=None))
+    untrained = replace(plan, trial=Trial({"seed": plan.params.seed}, trained=False))
+    return Material(corpus, lambda: _with_marks(scored), lambda: tuned(untrained))
 
 
 def _ask(its: Params, subject: Subject, questions: Sequence[Question], asking: Asking) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import transformers
 
 from ctxlib import experiment
+from ctxlib.cures import Cure
 from ctxlib.params import InputError, Params
 
 Marks = Literal["score", "oracle", "random"]
@@ -27,6 +28,7 @@ class Trial:
     closing: replaces the full stop, question or exclamation mark at the end of the user's texts in training, such as
         "." or an empty text; none: texts stay as they are. Turns are scored and marked before, on the original texts.
     freeze_indicator: whether the indicator's row stays at the mean of the embeddings, as in `finetune`.
+    cure: changes the conversations, with the truth and the scores at hand, or what an answer counts in the loss.
     data_seed_offset: is added to the seed when conversations are drawn: other conversations, the same questions, as for
         a second stage after `base`.
     """
@@ -40,6 +42,7 @@ class Trial:
     closing: str | None = None
     freeze_indicator: bool = False
     data_seed_offset: int = 0
+    cure: Cure | None = None
 
     @property
     def has_indicator(self) -> bool:

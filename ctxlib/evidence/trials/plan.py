@@ -1,5 +1,6 @@
 """A trial resolved: its parameters, what it depends on, and the folder of its results."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from typing import Any
 
 from ctxlib import experiment, models
 from ctxlib.conversations import Corpus
+from ctxlib.cures import key, overrides
 from ctxlib.evidence.trials.definition import Trial
 from ctxlib.files import digest
 from ctxlib.params import Params
@@ -72,6 +74,8 @@ class Plan:
             found |= {"closing": trial.closing}
         if trial.freeze_indicator:
             found |= {"freeze_indicator": True}
+        if trial.cure and overrides(trial.cure, "corpus", "turn_loss"):
+            found |= {"cure": key(trial.cure, "corpus", "turn_loss"), "scores": digest(self.scoring)}
         if trial.marks in ("score", "random"):
             share = trial.marked_share
             picked = {"threshold": its.scoring.threshold} if share is None else {"share": share}
@@ -101,6 +105,11 @@ class Plan:
     def scores_folder(self) -> Path:
         """Where the scores of its turns are stored; trials that score the same turns alike share them."""
         return self.folder.with_name(digest(self.scoring))
+
+    def cost(self) -> float | None:
+        """Processor seconds of the trial's training; None if it was not measured, or interrupted."""
+        file = self.folder / "cost.json"
+        return json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"] if file.exists() else None
 
     @cached_property
     def _corpus_and_hash(self) -> tuple[Corpus, str]:
