@@ -204,9 +204,9 @@ def ask(
     """Answers to questions of any family, scored: columns of `answer_questions` and `score_answers`, and `condition`.
 
     `recalled` is 1 if the answer has all of the question's keywords (family `contexts`: one of its gold answers, as
-    whole words); `followed` is 1 if it is an instruction's one
-    right answer or follows all its rules to the letter. If `cached`, answers are stored in the experiment's `work`
-    folder. Common beginnings of the haystacks made from texts are read once.
+    whole words; their column `cluster` is for `metrics.summarise(…, cluster="cluster")`); `followed` is 1 if it is an
+    instruction's one right answer or follows all its rules to the letter. If `cached`, answers are stored in the
+    experiment's `work` folder. Common beginnings of the haystacks made from texts are read once.
     """
     limits: dict[str, Any] = {
         "needle": params.needle,
@@ -241,6 +241,8 @@ def ask(
         )
     scored = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_SCORED)
     recalled = (scored.needle_recall == 1).astype(float).where(scored.needle_recall.notna())
+    if any(question.cluster for question in questions):
+        scored["cluster"] = scored.id.map({question.id: question.cluster for question in questions})
     recalled = recalled.mask(scored.family == contexts.FAMILY, scored.containment)
     followed = scored.prompt_strict.fillna(scored.exact_match).where(scored.family == "instructions")
     return scored.assign(condition=condition, recalled=recalled, followed=followed.astype(float))
@@ -279,11 +281,18 @@ def close_up(
     best = of_needle.loc[of_needle.attention_allocation.idxmax()]
     return {
         "answer": told.answer.iloc[0],
-        "p_text": probability(" ".join(question.keywords)),
+        "p_text": probability(_value_in_text(question)),
         "p_memory": probability(question.memory_answer),
         "on_needle": best.attention_allocation,
         "head": f"{best.layer}.{best['head']}",
     }
+
+
+def _value_in_text(question: Question) -> str:
+    """What the text says after the response prefix: the keywords if they follow it, else the rest of the sentence."""
+    value, sentence = " ".join(question.keywords), question.answers[0]
+    follows = f"{question.response_prefix} {value}" in sentence
+    return value if follows else sentence.removeprefix(question.response_prefix).strip()
 
 
 def prompts(

@@ -117,3 +117,30 @@ def test_squad_has_no_swapped_passages(tmp_path):
     path.write_text('{"id": "a", "context": "Ada.", "question": "Who?", "answers": {"text": ["Ada"]}}\n')
     with pytest.raises(InputError, match="org_context"):
         contexts.load_contexts(path)
+
+
+def test_memo_traps_answer_is_the_ending_that_was_asked_for_and_its_memory_the_other(tmp_path):
+    path = tmp_path / "trap.csv"
+    path.write_text('prompt,classes,answer_index\n"End in ""heavy"": Absence","[\' heavy.\', \' fonder.\']",0\n')
+    (question,) = contexts.load_memo_trap(path)
+    assert (question.answers, question.memory_answer) == (("heavy.",), "fonder.")
+    answers = pd.DataFrame({"id": [question.id], "answer": ["It grows fonder."]})
+    scored = score_answers(answers, [question]).iloc[0]
+    assert (scored.containment, scored.says_memory) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,answer\na,b\n", "no column classes (found prompt, answer)"),
+        ("", "no column prompt (found none)"),
+        ("prompt,classes,answer_index\na,b,0\n", "line 2: classes"),
+        ("prompt,classes,answer_index\na,\"[' A', ' B']\",0\n", "letters to choose"),
+        ("prompt,classes,answer_index\na,\"['x', 'y']\",5\n", "line 2: classes"),
+    ],
+)
+def test_a_file_that_is_no_memo_trap_is_refused_by_line_and_column(text, said, tmp_path):
+    (tmp_path / "trap.csv").write_text(text)
+    with pytest.raises(InputError) as error:
+        contexts.load_memo_trap(tmp_path / "trap.csv")
+    assert said in str(error.value)

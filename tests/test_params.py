@@ -350,3 +350,24 @@ def test_the_nine_runs_say_what_is_not_pinned_and_what_the_user_supplies(base, d
         name = f"{own}s" if role == "instruct" else own
         with pytest.raises(InputError, match=rf"models\.{role}: no file or folder '{re.escape(name)}'; .*{said}"):
             load_params(path, supplied | {f"models.{role}": name}).check_inputs()
+
+
+OPEN = ("smollm2-135m", "smollm2-360m", "qwen3-0.6b", "olmo-2-1b")
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_the_open_models_say_what_is_not_pinned_and_share_the_data_of_smollm2(name):
+    path = ROOT / "params" / f"{name}.yaml"
+    params, shared = load_params(path), load_params(ROOT / "params" / "smollm2.yaml")
+    unpinned = [line for line in path.read_text().splitlines() if "revision: null" in line]
+    assert len(unpinned) == 3 and all("NOT PINNED" in line for line in unpinned)
+    assert (params.conversations, params.qa.sources) == (shared.conversations, shared.qa.sources)
+    assert params.models.pretrained != params.models.instruct == params.models.seed_model
+
+
+def test_smollm2_without_a_hub_has_no_base_model_and_says_so():
+    path = ROOT / "params" / "smollm2.yaml"
+    models = load_params(path).models
+    assert models.pretrained == models.instruct == models.seed_model and "in no package" in path.read_text()
+    cut = load_params(ROOT / "params" / "smollm2-cpu.yaml")
+    assert cut.models.model_copy(update={"batch_size": models.batch_size}) == models and cut.threads == 1

@@ -610,3 +610,18 @@ def test_a_haystack_and_a_tokenizer_that_are_here_are_counted(tmp_path, model_fo
     assert (needle.n, needle.known) == (2 * 20, "counted")
     with pytest.raises(InputError, match="its texts hold"):
         plan_of(path, **changes | {"needle.lengths": [100_000]})
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("qwen3-0.6b", 596_049_920),
+        ("olmo-2-1b", 1_484_916_736),
+    ],
+)
+def test_the_open_models_have_their_published_sizes(name, parameters):
+    plan = plan_of(ROOT / "params" / f"{name}.yaml", "rtx3090", **{"qa.sources": [], "conversations.source": "a/b"})
+    told = "\n".join(print_plan(plan))
+    assert told.count(f"{parameters / 1e9:.2f} B parameters") == 3

@@ -80,3 +80,11 @@ def test_the_seed_model_that_is_trained_by_hand_is_the_vanilla_model_of_notebook
     names |= {"data": experiment.conversations(params), "tokenizer": experiment.tokenizer(params)}
     names |= {"raw_texts": experiment.raw_texts(params)}
     assert len(eval(call, {"experiment": experiment, "finetune": finetune, **names})) == 1
+
+
+@pytest.mark.parametrize("table", ["marked_by_kind", "needle_recall"])
+def test_the_page_on_real_models_shows_the_committed_tables(table):
+    page = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    block = page.split(f"<!-- {table} -->")[1].split(f"<!-- /{table} -->")[0].strip()
+    committed = (ROOT / "outputs" / "smollm2-cpu" / "tables" / f"{table}.md").read_text(encoding="utf-8")
+    assert block == "\n".join(line for line in committed.splitlines() if line.startswith("|"))

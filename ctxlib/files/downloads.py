@@ -42,6 +42,8 @@ def read_text(path: Path, remedy: str = AGAIN) -> str:
     try:
         check_is_itself(path)
         content = path.read_bytes()
+        if content.startswith(b"PAR1"):
+            raise InputError(f"{path}: a Parquet file, not a text; give it the suffix .parquet")
         return content.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {remedy}") from error

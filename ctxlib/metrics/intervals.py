@@ -140,23 +140,28 @@ def summarise(
     samples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    cluster: str | None = None,
 ) -> pd.DataFrame:
     """Mean of `metric` in each group as a tidy frame: `by` …, metric, value, ci_low, ci_high, n (rows that have it).
 
     The intervals are Wilson's if the whole column holds only 0 and 1, and percentile bootstrap otherwise. Rows are
-    treated as independent of one another. Groups appear in the order of their first row.
+    treated as independent of one another unless a column `cluster` names those that are not (one question about
+    several passages): then whole clusters are resampled. Groups appear in the order of their first row.
     """
     by = column_names(by)
     asked = frame.dropna(subset=[metric])
     binary = asked[metric].isin([0, 1]).all()
     rows = []
-    for key, values in asked.groupby(by, sort=False, dropna=False, observed=True)[metric]:
+    for key, group in asked.groupby(by, sort=False, dropna=False, observed=True):
+        values = group[metric]
         n = len(values)
-        low, high = (
-            wilson_interval(float(values.sum()), n, level=level)
-            if binary
-            else bootstrap_interval(values, samples, seed, level=level)
-        )
+        if cluster is not None and group[cluster].nunique() < n:
+            sums = values.groupby(group[cluster], sort=False).agg(["sum", "size"])
+            low, high = bootstrap_interval(sums["sum"], samples, seed, level=level, out_of=sums["size"])
+        elif binary:
+            low, high = wilson_interval(float(values.sum()), n, level=level)
+        else:
+            low, high = bootstrap_interval(values, samples, seed, level=level)
         rows.append((*key, metric, float(values.mean()), low, high, n))
     return pd.DataFrame(rows, columns=[*by, "metric", "value", "ci_low", "ci_high", "n"])
 

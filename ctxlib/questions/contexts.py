@@ -5,6 +5,9 @@ What a model does with a passage depends on what it knows without one. So each q
 Reference: Longpre et al. 2021 (arXiv 2109.05052), knowledge conflicts by substituted entities.
 """
 
+import ast
+import csv
+import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from ctxlib.conversations import Message, Question
-from ctxlib.params import InputError
+from ctxlib.files import read_text
+from ctxlib.metrics import normalise_answer
+from ctxlib.params import InputError, expanded
 from ctxlib.questions.qa import PASSAGE_PROMPT, Asked, read_questions
 
 FAMILY = "contexts"
@@ -120,6 +125,37 @@ def _irrelevant(row: Asked, others: Sequence[Asked], source: str | Path) -> str:
         if other.question != row.question and not any(text in passage for text in said):
             return other.original
     raise InputError(f"{source}: no other drawn passage is irrelevant to '{row.question}'; draw more rows")
+
+
+def load_memo_trap(file: str | Path, n: int | None = None, seed: int = 0) -> list[Question]:
+    """`n` rows of a MemoTrap file (None: all), drawn by the seed: an instruction against a memorised text.
+
+    The file is one of its CSVs, with the columns prompt, classes (two endings) and answer_index. The gold answer is the
+    ending that was asked for, the memory answer the other, and the kind `contradicting`; the ending is to be generated.
+    Reference: github.com/liujch1998/memo-trap. Raises InputError, naming line and column, for any other file.
+    """
+    table = csv.DictReader(io.StringIO(read_text(expanded(file))))
+    if missing := [name for name in ("prompt", "classes", "answer_index") if name not in (table.fieldnames or ())]:
+        found = ", ".join(table.fieldnames or ()) or "none"
+        raise InputError(f"{file}: no column {missing[0]} (found {found}); give a CSV file of MemoTrap")
+    rows = [_trap(row, f"{file}, line {table.line_num}", number) for number, row in enumerate(table, start=1)]
+    return rows if n is None or n >= len(rows) else random.Random(seed).sample(rows, n)
+
+
+def _trap(row: Mapping[str, str], where: str, number: int) -> Question:
+    try:
+        endings = [ending.strip() for ending in ast.literal_eval(row["classes"])]
+        asked = int(row["answer_index"])
+        answer, memory = endings[asked], endings[1 - asked]
+    except (ValueError, SyntaxError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{where}: classes, answer_index: expected two endings and 0 or 1; correct the row") from error
+    if not all(map(normalise_answer, endings)):
+        raise InputError(f"{where}: classes {endings}: letters to choose, not endings to generate; take another file")
+    name = f"memo-trap-{number}"
+    return Question(
+        name, FAMILY, "contradicting", (Message("user", row["prompt"]),), answers=(answer,), memory_answer=memory,
+        keywords=tuple(answer.split()), cluster=name,
+    )  # fmt: skip
 
 
 def known(scored: pd.DataFrame, questions: Sequence[Question]) -> pd.Series:
