@@ -1,10 +1,10 @@
-# The words of the README: make reproduce, make evidence, make test, make lint. PYTHON is any Python >= 3.11.
+# The words of the README: make reproduce, make evidence, make cures, make test, make lint. PYTHON is any Python >= 3.11.
 PYTHON ?= python3
 PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup reproduce evidence test lint lock clean
+.PHONY: setup reproduce evidence cures test lint lock clean
 
 setup: .venv/installed
 
@@ -14,6 +14,10 @@ reproduce: .venv/installed
 # many trainings: a notebook a core at a time; stopped and called again it goes on
 evidence: .venv/installed
 	$(BIN)/ctxlib reproduce --params params/evidence.yaml
+
+# the bench of cures; stopped and called again it goes on
+cures: .venv/installed
+	$(BIN)/ctxlib reproduce --params params/cures.yaml
 
 # two workers with one torch thread each; the tests of a file stay on one worker, the slowest files come first
 test: .venv/installed
