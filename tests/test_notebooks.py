@@ -1,4 +1,4 @@
-"""The stored notebooks keep the house's rules, and all of them run on `smoke.yaml` or `smoke-evidence.yaml`."""
+"""The stored notebooks keep the house's rules, and all of them run on one of the `smoke` files."""
 
 import ast
 import hashlib
@@ -20,7 +20,8 @@ from ctxlib.results import EVIDENCE_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STORY, EVIDENCE = (re.findall(r'"(\d\d_\w+)":', part) for part in (ROOT / "Snakefile").read_text().split("EVIDENCE ="))
+PARTS = re.split("EVIDENCE =|CURES =", (ROOT / "Snakefile").read_text())
+STORY, EVIDENCE, CURES = (re.findall(r'"(\d\d_\w+)":', part) for part in PARTS)
 WITHOUT_VERDICTS = {name for name in EVIDENCE if name != "07_seeds"}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -30,7 +31,7 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def test_the_snakefile_names_every_notebook():
-    assert [*STORY, *EVIDENCE] == [path.stem for path in NOTEBOOKS]
+    assert [*STORY, *EVIDENCE, *CURES] == [path.stem for path in NOTEBOOKS]
 
 
 @each_notebook
@@ -38,7 +39,7 @@ def test_it_opens_with_its_question_and_its_parameters(path):
     first, second = nbformat.read(path, 4).cells[:2]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     assert second.metadata.tags == ["parameters"]
-    experiment = "evidence" if path.stem in EVIDENCE else "miniature"
+    experiment = "evidence" if path.stem in EVIDENCE else "cures" if path.stem in CURES else "miniature"
     assert second.source == f'params_file = "params/{experiment}.yaml"\noverrides = {{}}'
 
 
@@ -113,10 +114,15 @@ def evidence(reproduce) -> Path:
     return reproduce("smoke-evidence")
 
 
+@pytest.fixture(scope="module")
+def cures(reproduce) -> Path:
+    return reproduce("smoke-cures")
+
+
 @pytest.mark.notebooks
-def test_every_code_cell_ran(smoke, evidence):
+def test_every_code_cell_ran(smoke, evidence, cures):
     for path in NOTEBOOKS:
-        folder = evidence if path.stem in EVIDENCE else smoke
+        folder = evidence if path.stem in EVIDENCE else cures if path.stem in CURES else smoke
         for cell in code_cells(folder / path.name):
             assert cell.execution_count is not None
             assert cell.metadata.papermill.status == "completed"
@@ -124,16 +130,16 @@ def test_every_code_cell_ran(smoke, evidence):
 
 
 @pytest.mark.notebooks
-def test_progress_bars_leave_no_trace(smoke, evidence):
-    for folder in (smoke, evidence):
+def test_progress_bars_leave_no_trace(smoke, evidence, cures):
+    for folder in (smoke, evidence, cures):
         for path in folder.glob("*.ipynb"):
             stored = path.read_text()
             assert "jupyter.widget" not in stored and "%|" not in stored, path
 
 
 @pytest.mark.notebooks
-def test_tables_are_shown_with_twelve_rows_at_most(smoke, evidence):
-    for path in [*smoke.glob("*.ipynb"), *evidence.glob("*.ipynb")]:
+def test_tables_are_shown_with_twelve_rows_at_most(smoke, evidence, cures):
+    for path in [*smoke.glob("*.ipynb"), *evidence.glob("*.ipynb"), *cures.glob("*.ipynb")]:
         shown = [output.get("data", {}) for cell in code_cells(path) for output in cell.outputs]
         for data in shown:
             assert data.get("text/html", "").count("<tr") <= 2 + 12, path  # with the header
@@ -141,7 +147,7 @@ def test_tables_are_shown_with_twelve_rows_at_most(smoke, evidence):
 
 
 @pytest.mark.notebooks
-@pytest.mark.parametrize(("which", "names"), [("smoke", STORY), ("evidence", EVIDENCE)])
+@pytest.mark.parametrize(("which", "names"), [("smoke", STORY), ("evidence", EVIDENCE), ("cures", CURES)])
 def test_every_notebook_writes_tables_and_figures_with_their_provenance(request, which, names):
     folder = request.getfixturevalue(which)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -185,7 +191,7 @@ def test_all_evidence_is_in_one_tidy_table(evidence):
 
 
 @pytest.mark.notebooks
-@pytest.mark.parametrize("which", ["smoke", "evidence"])
+@pytest.mark.parametrize("which", ["smoke", "evidence", "cures"])
 def test_a_second_call_does_nothing(request, which, reproduce):
     folder = request.getfixturevalue(which)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -91,6 +91,49 @@ def reproduce(*, params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = Non
 
 
 @app.command
+def cures(
+    params: Annotated[Path, option("The experiment, with a section cures.")] = Path("params/cures.yaml"),
+    *,
+    overrides: Overrides = None,
+    cure: Annotated[list[str] | None, option("A cure of your own: path.py:Name.", name="--cure")] = None,
+    seeds: Annotated[list[Seed] | None, option("By default cures.trained_seeds.")] = None,
+) -> None:
+    """Try cures of your own beside no cure: reading gained, price paid. `make cures` compares all built-in ones."""
+    from ctxlib.commands.cures import try_cures
+
+    print(try_cures(params, cure or [], seeds, parse_overrides(overrides)))
+
+
+@app.command
+def verify(
+    yours: Annotated[Path, option("An experiment's folder, such as outputs/miniature.", INPUT)],
+    committed: Annotated[Path, option("The folder to compare it with.", INPUT)],
+    *,
+    tolerance: Annotated[Fraction, option("By which a value may lie outside of the committed interval.")] = 0.02,
+) -> None:
+    """Compare your tables with the committed ones, claim by claim; exit status 1 if one differs."""
+    from ctxlib.commands.verify import report
+    from ctxlib.commands.verify import verify as compared
+
+    frame = compared(yours, committed, tolerance)
+    print(report(frame))
+    raise SystemExit(int(not frame.agrees.all()))
+
+
+@app.command
+def compare(
+    a: Annotated[Path, option("An experiment's folder, or a CSV or Parquet file with id and value.", INPUT)],
+    b: Annotated[Path, option("Another one.", INPUT)],
+) -> None:
+    """Compare two experiments, paired by question: mean difference A - B, with its interval."""
+    from ctxlib.commands.compare import compare as paired
+
+    frame = paired(a, b)
+    print(frame.to_string(index=False, float_format="{:.3f}".format))
+    print(f"{frame.attrs['unpaired']:,} rows are in one of the two alone")
+
+
+@app.command
 def rehearse(
     params: ParamsFile = DEFAULT_PARAMS,
     *,

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ctxlib import experiment, metrics
+from ctxlib import cures, experiment, metrics
 from ctxlib.conversations import Question
 from ctxlib.cures import Cure, key
 from ctxlib.evidence.trials import VANILLA, Plan, Trial, tuned
@@ -40,6 +40,31 @@ UNITS = {"tokens": metrics.UNBOUNDED, "seconds": metrics.UNBOUNDED, "training se
 READING = (("contradicting", "recall"), ("long_haystack", "recall"))  # what a cure is for
 PRICE = (("no_passage", "recall"), ("irrelevant", "recall"), ("instructions", "instructions"))  # what it may cost
 NONE = Cure()
+
+
+def standard(params: Params) -> tuple[list[Cure], list[Cure]]:
+    """The cures that notebook 15 compares: those that ask the vanilla model, and those with a training of their own."""
+    threshold, strongest = params.scoring.threshold, min(params.steering.alphas)
+    asking = [
+        NONE,
+        cures.SystemPrompt("Tell me the words that this says."),  # words that the miniature knows
+        cures.QuoteFirst(),
+        cures.Steering(strongest),
+        cures.TargetShare(),
+        cures.ContextAwareDecoding(),
+        cures.WiseFT(),
+    ]
+    trained = [
+        cures.Indicator("score", name="[IND], scored marks"),
+        cures.Indicator("oracle", name="[IND], true marks"),
+        cures.Indicator("random", name="[IND], random marks"),
+        cures.Rehearsal(),
+        cures.DropContradicting(),
+        cures.WeightByScore(threshold),
+        cures.KeepToBase(threshold),
+        cures.SelfDistilled(),
+    ]
+    return asking, trained
 
 
 def load_cure(place: str) -> Cure:
@@ -80,7 +105,7 @@ def questions(params: Params) -> dict[str, list[Question]]:
     return asked
 
 
-def run(params: Params, cures: Sequence[Cure], seeds: Sequence[int], *, progress: bool = True) -> pd.DataFrame:
+def run(params: Params, chosen: Sequence[Cure], seeds: Sequence[int], *, progress: bool = True) -> pd.DataFrame:
     """Every cure at every seed: one row per question and metric, with cure, seed, kind, metric, id, value.
 
     Metrics are MEASURES. `recall`: the answer has what the passage says, or without a relevant passage what the model
@@ -91,18 +116,17 @@ def run(params: Params, cures: Sequence[Cure], seeds: Sequence[int], *, progress
 
     Raises InputError for two cures of one name, and for an `answer` that leaves out questions.
     """
-    names = [cure.name for cure in cures]
+    names = [cure.name for cure in chosen]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise InputError(f"cures: {min(repeated)!r} names two of them; give each its own name")
-    jobs = [(cure, seed) for seed in seeds for cure in cures]
+    jobs = [(cure, seed) for seed in seeds for cure in chosen]
     bar = tqdm(jobs, desc="cures", disable=not progress)
     return pd.concat([_of_cure(params, cure, seed) for cure, seed in bar], ignore_index=True)
 
 
-def done(params: Params, cures: Sequence[Cure], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """The cures and seeds whose model is trained already; the others take minutes each."""
-    jobs = [(cure, seed) for seed in seeds for cure in cures]
-    return [(cure.name, seed) for cure, seed in jobs if (Plan(params, trial(cure, seed)).folder / "model").exists()]
+def is_trained(params: Params, cure: Cure, seed: int) -> bool:
+    """Whether the cure's model is there already; else it takes a training of minutes."""
+    return (Plan(params, trial(cure, seed)).folder / "model").exists()
 
 
 def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -154,7 +178,7 @@ def _of_cure(params: Params, cure: Cure, seed: int) -> pd.DataFrame:
     file = plan.folder / f"cure-{digest(known)}.parquet"
     if not file.exists():
         subject = tuned(plan, merged=not cure.over_adapter)
-        found = pd.concat([_answers(its, cure, subject, kind, those) for kind, those in asked.items()])
+        found = pd.concat([_answers(its, cure, subject, kind, of_kind) for kind, of_kind in asked.items()])
         write(file, found.to_parquet(index=False))
     rows = pd.read_parquet(file)
     if (cost := plan.cost()) is not None:
@@ -163,7 +187,7 @@ def _of_cure(params: Params, cure: Cure, seed: int) -> pd.DataFrame:
     return rows.assign(cure=cure.name, seed=seed)[["cure", "seed", "kind", "metric", "id", "value"]]
 
 
-def _answers(params: Params, cure: Cure, subject: Subject, kind: str, those: list[Question]) -> pd.DataFrame:
+def _answers(params: Params, cure: Cure, subject: Subject, kind: str, asked: list[Question]) -> pd.DataFrame:
     def ask(
         subject: Subject,
         questions: Sequence[Question],
@@ -180,12 +204,12 @@ def _answers(params: Params, cure: Cure, subject: Subject, kind: str, those: lis
 
     started = time.process_time()
     with _tokens_counted(subject.model) as counted:
-        told = cure.answer(subject, those, ask)
+        told = cure.answer(subject, asked, ask)
     seconds = time.process_time() - started
-    if list(told["id"]) != [question.id for question in those]:
+    if list(told["id"]) != [question.id for question in asked]:
         raise InputError(f"cure {cure.name!r}: its answer gave other questions than it was asked; keep their order")
     told = told.assign(one_sentence=told.answer.map(is_fact_sentence).astype(float))
-    told = told.assign(tokens=counted["tokens"] / len(those), seconds=seconds / len(those))
+    told = told.assign(tokens=counted["tokens"] / len(asked), seconds=seconds / len(asked))
     measures = {metric: column for metric, column in MEASURES.items() if told[column].notna().any()}
     if kind == "instructions":
         measures.pop("format", None)

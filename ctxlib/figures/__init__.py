@@ -14,6 +14,7 @@ from ctxlib.figures.answers import (
 from ctxlib.figures.attention import allocation_by_role, allocation_shift, head_map
 from ctxlib.figures.beside import pairs_beside, recall_errors
 from ctxlib.figures.forest import forest
+from ctxlib.figures.front import gain_against_price, on_front
 from ctxlib.figures.scores import (
     fractions_over_beta,
     layer_agreement,
@@ -36,6 +37,7 @@ __all__ = [
     "curves_over_seeds",
     "forest",
     "fractions_over_beta",
+    "gain_against_price",
     "head_map",
     "label_strip",
     "layer_agreement",
@@ -44,6 +46,7 @@ __all__ = [
     "loss_curves",
     "needle_heatmap",
     "needle_maps",
+    "on_front",
     "pairs_beside",
     "recall_by_condition",
     "recall_errors",

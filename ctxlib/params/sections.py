@@ -241,12 +241,16 @@ class Cures(Section):
     """What the bench of cures asks, and at which seeds; the other sections hold everything that it keeps."""
 
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    trained_seeds: Annotated[list[Seed], Field(min_length=1)]  # of cures that need a training of their own
     contexts: Count  # known facts, each asked under four contexts
     long_tokens: Count  # of the long haystacks, at needle.depths, needle.per_cell each
     files: list[str] = []  # further cures, as path.py:Name
 
     @model_validator(mode="after")
     def _each_seed_once(self) -> "Cures":
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds must differ from one another: a seed that is named twice is no second run")
+        for name in ("seeds", "trained_seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must differ from one another: a seed that is named twice is no second run")
+        if not set(self.trained_seeds) <= set(self.seeds):
+            raise ValueError("trained_seeds must be among seeds: a cure is compared with no cure in the same seed")
         return self
