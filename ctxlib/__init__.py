@@ -26,7 +26,7 @@ only one room needs lies inside it.
 Two wings, which the story's notebooks do without:
 
     evidence       many fine-tunings at several seeds, for the notebooks from 06 on
-    commands       the command line: run, reproduce, cures, verify, compare, plan, doctor, rehearse, score, mark, finetune, …
+    commands       the command line: run, reproduce, cures, verify, plan, doctor, rehearse, score, finetune, mt-bench
 """
 
 import logging
