@@ -27,7 +27,7 @@ Three wings, which the story's notebooks do without:
 
     evidence       many fine-tunings at several seeds, for the notebooks from 06 on
     teaching       the class: checks of its exercises, their forms, the attention view, the site
-    commands       the command line: run, reproduce, cures, verify, compare, plan, doctor, rehearse, score, class, …
+    commands       the command line: run, reproduce, cures, verify, plan, doctor, rehearse, score, finetune, class, …
 """
 
 import logging

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from ctxlib import cures, metrics
+from ctxlib import cures, figures, metrics
 from ctxlib.attention import record_allocation, steer_to_share
 from ctxlib.conversations import Conversation, Corpus, Message, Question
 from ctxlib.evidence import bench, trials
@@ -378,3 +378,20 @@ def test_a_file_without_such_a_cure_is_refused(tmp_path, text, name, message):
         file.write_text(text)
     with pytest.raises(InputError, match=message):
         bench.load_cure(f"{file}:{name}")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"cures.trained_seeds": [7]}, "trained_seeds must be among seeds"), ({"cures.seeds": [0, 0]}, "named twice"),
+])  # fmt: skip
+def test_seeds_that_could_not_be_compared_are_refused(params, changes, message):
+    with pytest.raises(InputError, match=message):
+        params.changed(changes)
+
+
+def test_on_the_front_is_what_no_other_beats():
+    gain, price = pd.Series([0.5, 0.5, 0.2, 0.6, 0.5]), pd.Series([0.1, 0.2, 0.0, 0.3, 0.1])
+    assert figures.on_front(gain, price).tolist() == [True, False, True, True, True]
+    shown = pd.DataFrame({"cure": list("abcde"), "value": gain, "ci_low": gain - 0.1, "ci_high": gain + 0.1, "n": 5})
+    drawn = figures.gain_against_price(shown, shown.assign(value=price), xlabel="price", ylabel="gain")
+    (front,) = (line for line in drawn.axes[0].lines if line.get_linestyle() == "--")
+    assert [*zip(front.get_xdata(), front.get_ydata(), strict=True)] == [(0.0, 0.2), (0.1, 0.5), (0.1, 0.5), (0.3, 0.6)]

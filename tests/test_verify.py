@@ -13,6 +13,7 @@ from ctxlib.commands.compare import compare
 from ctxlib.commands.cures import try_cures
 from ctxlib.commands.verify import report, verify
 from ctxlib.metrics import bootstrap_interval
+from ctxlib.paper.report import claims_page
 from ctxlib.params import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
@@ -85,6 +86,21 @@ def test_a_folder_without_one_row_a_claim_is_refused(tmp_path, rows, message):
     folder = tmp_path / "mine" if rows is None else claims(tmp_path / "mine", *rows)
     with pytest.raises(InputError, match=message):
         verify(folder, claims(tmp_path / "ours", {}))
+
+
+def test_the_page_of_claims_is_made_from_the_committed_tables():
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert page == claims_page(ROOT), "make it anew: python -m ctxlib.paper.report"
+    table = pd.read_csv(ROOT / "outputs/evidence/tables/claims_over_seeds.csv")
+    for row in table.itertuples():
+        (line,) = (line for line in page.splitlines() if f"| {row.claim[2:]} " in line)
+        lower, upper = re.search(r"\[([+-][\d.]+), ([+-][\d.]+)\]", line).groups()
+        assert (float(lower), float(upper)) == (round(row.ci_low, 2), round(row.ci_high, 2))
+        verdict = next(
+            cell for cell in map(str.strip, line.split("|")) if cell in ("holds", "does not hold", "not decided")
+        )
+        assert (verdict == "holds") == (row.ci_low > row.threshold)
+        assert (verdict == "does not hold") == (row.ci_high < row.threshold)
 
 
 def answers(path: Path, values: dict[str, float], **more) -> Path:
