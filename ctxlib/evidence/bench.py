@@ -43,9 +43,9 @@ NONE = Cure()
 
 
 def standard(params: Params) -> tuple[list[Cure], list[Cure]]:
-    """The cures that notebook 15 compares: those that ask the vanilla model, and those with a training of their own."""
+    """The cures that notebook 15 compares: those whose model notebook 07 has, and those with a training of their own."""
     threshold, strongest = params.scoring.threshold, min(params.steering.alphas)
-    asking = [
+    of_07 = [
         NONE,
         cures.SystemPrompt("Tell me the words that this says."),  # words that the miniature knows
         cures.QuoteFirst(),
@@ -53,9 +53,9 @@ def standard(params: Params) -> tuple[list[Cure], list[Cure]]:
         cures.TargetShare(),
         cures.ContextAwareDecoding(),
         cures.WiseFT(),
+        cures.Indicator("score", name="[IND], scored marks"),
     ]
     trained = [
-        cures.Indicator("score", name="[IND], scored marks"),
         cures.Indicator("oracle", name="[IND], true marks"),
         cures.Indicator("random", name="[IND], random marks"),
         cures.Rehearsal(),
@@ -64,7 +64,7 @@ def standard(params: Params) -> tuple[list[Cure], list[Cure]]:
         cures.KeepToBase(threshold),
         cures.SelfDistilled(),
     ]
-    return asking, trained
+    return of_07, trained
 
 
 def load_cure(place: str) -> Cure:
