@@ -43,7 +43,7 @@ NONE = Cure()
 
 
 def standard(params: Params) -> tuple[list[Cure], list[Cure]]:
-    """The cures that notebook 15 compares: those whose model notebook 07 has, and those with a training of their own."""
+    """The cures of notebook 15: those whose model notebook 07 has, and those with a training of their own."""
     threshold, strongest = params.scoring.threshold, min(params.steering.alphas)
     of_07 = [
         NONE,
