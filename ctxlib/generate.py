@@ -115,11 +115,9 @@ def answer_questions(
     with tqdm(total=len(questions), initial=len(questions) - len(todo), desc="answers", disable=not progress) as bar:
         for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
             with memory_advice("models.batch_size down (mt-bench: --batch-size)", cache.path):
-                asked = [questions[i] for i in batch]
-                written = _greedy(
-                    *(model, tokenizer, [maps[i] for i in batch], max_new_tokens, stop_text, steering, prefixes),
-                    around and (lambda base, roles, pad_id, asked=asked: around(base, Batch(asked, roles, pad_id))),
-                )
+                its_maps, asked = [maps[i] for i in batch], [questions[i] for i in batch]
+                opened = around and (lambda base, roles, pad_id, asked=asked: around(base, Batch(asked, roles, pad_id)))
+                written = _greedy(model, tokenizer, its_maps, max_new_tokens, stop_text, steering, prefixes, opened)
             for index, (answer, answer_tokens) in zip(batch, written, strict=True):
                 answered[questions[index].id] = answer, answer_tokens
                 cache.add(questions[index].id, prompts[index], answer, answer_tokens)

@@ -124,11 +124,6 @@ def run(params: Params, chosen: Sequence[Cure], seeds: Sequence[int], *, progres
     return pd.concat([_of_cure(params, cure, seed) for cure, seed in bar], ignore_index=True)
 
 
-def is_trained(params: Params, cure: Cure, seed: int) -> bool:
-    """Whether the cure's model is there already; else it takes a training of minutes."""
-    return (Plan(params, trial(cure, seed)).folder / "model").exists()
-
-
 def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over questions: cure, seed, kind, metric, value; and `reading` and `price paid`, of the kind "all".
 
