@@ -21,7 +21,7 @@ from ctxlib.teaching.asking import ROOT
 from ctxlib.teaching.split import form_of
 from ctxlib.teaching.view import write_view
 
-EXPERIMENTS = ("miniature", "evidence")
+EXPERIMENTS = ("miniature", "evidence", "cures")  # their notebooks have names of their own
 _MATH = re.compile(r"(```.*?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\w)", re.DOTALL)
 
 
